@@ -1,0 +1,1 @@
+//! What every binary does alike: configuration, logging, exit codes, signals, progress

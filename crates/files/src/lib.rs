@@ -1,0 +1,1 @@
+//! Atomic files and folders, manifests, locks, append-only JSONL

@@ -1,0 +1,1 @@
+//! The LLaMA core: checkpoints, shard plan, model, generation

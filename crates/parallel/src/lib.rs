@@ -1,0 +1,1 @@
+//! Processes that work as one: communicators, process grid, failing together

@@ -1,0 +1,1 @@
+//! The rows that the stages hand to each other

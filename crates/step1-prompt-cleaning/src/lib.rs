@@ -1,0 +1,1 @@
+//! Step 1: collect, clean and subsample prompts

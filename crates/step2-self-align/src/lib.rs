@@ -1,0 +1,1 @@
+//! Step 2: principle-driven self-alignment: generate, filter, merge

@@ -1,0 +1,1 @@
+//! Step 3: principle engraving by supervised fine-tuning

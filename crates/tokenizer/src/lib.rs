@@ -1,0 +1,1 @@
+//! LLaMA tokenizers: plain text in, exact bounds, incremental decoding

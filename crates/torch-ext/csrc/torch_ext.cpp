@@ -1,0 +1,1 @@
+// libtorch operations that tch does not bind.
