@@ -4,7 +4,7 @@
 
 use std::{env, path::Path};
 
-pub fn main() {
+pub(crate) fn main() {
     println!("cargo::rerun-if-changed=../torch-ext/rpath.rs");
     let lib = env::var("DEP_TORCH_EXT_LIBTORCH_LIB")
         .expect("the package must depend on dromedary-torch-ext directly");
