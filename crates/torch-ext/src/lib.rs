@@ -1,1 +1,34 @@
-//! libtorch operations that tch does not bind
+//! Brief overview: what libtorch can do and tch does not bind, behind safe functions.
+//!
+//! The central type is [`PackedWeight`], a frozen weight that oneDNN has laid out once:
+//! [`PackedWeight::linear`] multiplies by it in inference, [`frozen_linear`] under autograd.
+//! [`run_backward`] starts a backward pass from given gradients, which is how a graph is cut into
+//! pieces, and [`fused_adamw`] is one optimizer step in one pass over the memory.
+//!
+//! The crate holds one C++ file and all the `unsafe` code around it. C++ exceptions arrive as
+//! [`Error`] with the first line of their message.
+//!
+//! ```no_run
+//! use dromedary_torch_ext::{PackedWeight, frozen_linear, packing_supported, run_backward};
+//! use tch::{Device, Kind, Tensor};
+//!
+//! # fn main() -> dromedary_torch_ext::Result<()> {
+//! let float = (Kind::Float, Device::Cpu);
+//! let weight = Tensor::randn([3072, 576], float);
+//! let x = Tensor::randn([32, 576], float).set_requires_grad(true);
+//! assert!(packing_supported());
+//! let packed = PackedWeight::pack(&weight)?;
+//! let y = frozen_linear(&x, &packed)?;
+//! let grad_x = run_backward(&[&y], &[&y.ones_like()], &[&x], false)?;
+//! # Ok(())
+//! # }
+//! ```
+
+mod autograd;
+mod error;
+mod ffi;
+mod packed;
+
+pub use autograd::{AdamW, AdamWState, fused_adamw, run_backward};
+pub use error::{Error, Result};
+pub use packed::{PackedWeight, frozen_linear, packing_supported};
