@@ -1,1 +1,55 @@
-//! What every binary does alike: configuration, logging, exit codes, signals, progress
+//! What every binary does alike: configuration, logging, exit codes, signals, progress.
+//!
+//! # Brief overview
+//!
+//! [`parse`] reads the command line with clap, after [`normalize_args`] has turned the original's
+//! `--snake_case` flags into `--kebab-case`. [`layered`] puts the flags of a subcommand over the
+//! table of the same name in a TOML file; the result goes to the stage's own
+//! `Config::try_from(args)`, which validates it. [`run`] is the body of `main`: it prints an error
+//! once and chooses the exit code. [`StopFlag`] turns signals into a flag, [`init_logging`] and
+//! [`Progress`] write to stderr without disturbing each other.
+//!
+//! | exit code | when |
+//! |---|---|
+//! | 0 | done |
+//! | 1 | failure |
+//! | 2 | usage: wrong flag, wrong or missing setting, wrong configuration file |
+//! | 75 | stopped cleanly by a signal; the next run continues |
+//!
+//! ```
+//! use dromedary_command::{Common, boolean, layered, required};
+//!
+//! #[derive(Default, clap::Args, serde::Serialize, serde::Deserialize)]
+//! #[serde(default, deny_unknown_fields)]
+//! struct GreetArgs {
+//!     /// Whom to greet.
+//!     #[arg(long)]
+//!     name: Option<String>,
+//!     /// Greet loudly [default: false].
+//!     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
+//!     loud: Option<bool>,
+//! }
+//!
+//! # fn main() -> dromedary_command::Result<()> {
+//! let flags = GreetArgs { name: Some("Ada".into()), ..GreetArgs::default() };
+//! let args = layered("greet", &["greet", "part"], flags, &Common::default())?;
+//! assert_eq!(required(args.name, "name")?, "Ada");
+//! # Ok(())
+//! # }
+//! ```
+
+mod args;
+mod config;
+mod error;
+mod logging;
+mod progress;
+mod run;
+mod stop;
+
+pub use args::{Common, boolean, normalize_args, parse};
+pub use config::{ignored_flags, layered, print_config, required};
+pub use error::{Error, Result};
+pub use logging::init_logging;
+pub use progress::Progress;
+pub use run::{exit_code, run};
+pub use stop::{CriticalSection, StopFlag};

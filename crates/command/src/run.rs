@@ -1,0 +1,55 @@
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use crate::Error;
+
+/// `EX_TEMPFAIL` of sysexits.h: not done, but a later run will continue.
+const STOPPED: u8 = 75;
+const USAGE: u8 = 2;
+const FAILURE: u8 = 1;
+
+/// The body of `main`: runs the program, prints its error once to stderr, chooses the exit code.
+pub fn run(program: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
+    let Err(error) = program() else {
+        return ExitCode::SUCCESS;
+    };
+    let code = exit_code(&error);
+    let word = if code == STOPPED { "" } else { "error: " };
+    crate::logging::around_progress(|| {
+        // Nobody is left to be told when stderr is closed.
+        let _ = writeln!(io::stderr(), "{word}{error:#}");
+    });
+    ExitCode::from(code)
+}
+
+/// The exit code of an error: 2 for usage, 75 for a clean stop, else 1; contexts around it do not
+/// matter.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    error
+        .chain()
+        .find_map(|cause| match cause.downcast_ref::<Error>()? {
+            Error::Usage { .. } | Error::Config { .. } | Error::ReadConfig { .. } => Some(USAGE),
+            Error::Stopped { .. } => Some(STOPPED),
+            Error::PrintConfig { .. } | Error::Signals { .. } => None,
+        })
+        .unwrap_or(FAILURE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::{Context, anyhow};
+
+    #[test]
+    fn the_chain_decides_the_code() {
+        let usage = Err::<(), _>(Error::usage("no")).context("reading flags").unwrap_err();
+        assert_eq!(exit_code(&usage), 2);
+        let stopped = Err::<(), _>(Error::stopped("row 3")).context("training").unwrap_err();
+        assert_eq!(exit_code(&stopped), 75);
+        let config = Error::Config { path: "x".into(), message: "y".into() };
+        assert_eq!(exit_code(&config.into()), 2);
+        assert_eq!(exit_code(&anyhow!("disk full")), 1);
+        let print = Error::PrintConfig { message: String::new() };
+        assert_eq!(exit_code(&print.into()), 1);
+    }
+}

@@ -1,0 +1,3 @@
+//! The example program, run as a user runs it.
+
+mod program;
