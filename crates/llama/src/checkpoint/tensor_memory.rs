@@ -1,0 +1,41 @@
+//! The one place of this crate that looks into a tensor's memory.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::error::Result;
+
+/// A new tensor on the CPU and its bytes, which `fill` writes.
+///
+/// Files are read straight into it: a copy through a buffer would double the work of loading.
+pub(super) fn filled(
+    shape: &[i64],
+    kind: Kind,
+    fill: impl FnOnce(&mut [u8]) -> Result<()>,
+) -> Result<Tensor> {
+    // Zeroed, not empty: `fill` may read what it is given.
+    let tensor = Tensor::f_zeros(shape, (kind, Device::Cpu))?;
+    let len = tensor.numel() * kind.elt_size_in_bytes();
+    if len == 0 {
+        fill(&mut [])?;
+        return Ok(tensor);
+    }
+    // SAFETY: the tensor is new, contiguous, on the CPU and known to nobody else, so its storage
+    // is `len` initialised bytes that nothing else reads or writes while the slice lives.
+    let bytes = unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<u8>(), len) };
+    fill(bytes)?;
+    Ok(tensor)
+}
+
+/// Calls `look` with the bytes of a contiguous CPU tensor.
+pub(super) fn with_bytes<R>(tensor: &Tensor, look: impl FnOnce(&[u8]) -> R) -> Result<R> {
+    let tensor = tensor.f_detach()?.f_to(Device::Cpu)?.f_contiguous()?;
+    let len = tensor.numel() * tensor.f_kind()?.elt_size_in_bytes();
+    if len == 0 {
+        return Ok(look(&[]));
+    }
+    // SAFETY: the tensor is contiguous and on the CPU, so its elements are `len` initialised bytes
+    // from `data_ptr` on; it lives until the end of this function, and `look` gets no tensor to
+    // write with.
+    let bytes = unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<u8>(), len) };
+    Ok(look(bytes))
+}

@@ -1,0 +1,223 @@
+use std::{fmt, io, path::PathBuf};
+
+/// A result with this crate's [`enum@Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything that can go wrong in this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file or folder could not be opened, read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// A JSON file is not JSON, or a key holds a value of another type than the format says.
+    #[error("{}: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and where.
+        source: serde_json::Error,
+    },
+    /// A model configuration contradicts itself or lacks something.
+    #[error("{}: {message}", path.display())]
+    Config {
+        /// The configuration file.
+        path: PathBuf,
+        /// What is wrong, with the numbers.
+        message: String,
+    },
+    /// A file asks for something that this crate does not compute. Ignoring it would give another
+    /// model than the one that was meant.
+    #[error("{}: {key} = {value} is not supported (supported: {supported})", path.display())]
+    Unsupported {
+        /// The configuration file.
+        path: PathBuf,
+        /// The key as the file has it.
+        key: &'static str,
+        /// Its value.
+        value: String,
+        /// What would be accepted.
+        supported: &'static str,
+    },
+    /// The model cannot be split over so many ranks.
+    #[error("tp = {tp} does not fit: the model has {count} {what}, and every rank needs one")]
+    TooManyRanks {
+        /// The tensor-parallel size that was asked for.
+        tp: usize,
+        /// What there is too little of.
+        what: &'static str,
+        /// How many of them there are.
+        count: i64,
+    },
+    /// A safetensors header is damaged, hostile or not a header at all.
+    #[error("{}: not a valid safetensors file: {message}", path.display())]
+    Header {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A safetensors file is shorter than its header says, such as after an interrupted download.
+    #[error(
+        "{}: the file is truncated: its header describes {expected} bytes, it has {got}",
+        path.display()
+    )]
+    Truncated {
+        /// The file.
+        path: PathBuf,
+        /// Its length according to the header.
+        expected: u64,
+        /// Its length.
+        got: u64,
+    },
+    /// The index of a sharded checkpoint and its files contradict each other.
+    #[error("{}: {message}", path.display())]
+    Index {
+        /// The index file.
+        path: PathBuf,
+        /// Who disagrees about what.
+        message: String,
+    },
+    /// A folder holds no checkpoint that can be read.
+    #[error("{}: {message}", path.display())]
+    NoCheckpoint {
+        /// The folder.
+        path: PathBuf,
+        /// What was looked for, and what was found.
+        message: String,
+    },
+    /// The tensors are not those of the model that the configuration describes.
+    #[error("{}: the tensors do not fit config.json: {problems}", path.display())]
+    WrongTensors {
+        /// The checkpoint folder.
+        path: PathBuf,
+        /// All of them, by name.
+        problems: TensorProblems,
+    },
+    /// A tensor was asked for that the checkpoint does not have.
+    #[error("{}: there is no tensor named {name}", path.display())]
+    NoSuchTensor {
+        /// The checkpoint folder or file.
+        path: PathBuf,
+        /// The name that was asked for.
+        name: String,
+    },
+    /// A slice was asked for that was planned for another model.
+    #[error("{name}: a slice of dimension {dim} of size {expected} does not fit shape {got:?}")]
+    ShardMismatch {
+        /// The tensor.
+        name: String,
+        /// The dimension that the slice cuts.
+        dim: i64,
+        /// The size of that dimension in the plan.
+        expected: i64,
+        /// The shape of the stored tensor.
+        got: Vec<i64>,
+    },
+    /// A weight is NaN or infinite.
+    #[error("{}: tensor {name} holds {value} at element {element}", path.display())]
+    NonFinite {
+        /// The file that holds the tensor.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// The first such element, counted in row-major order over the part that was read.
+        element: u64,
+        /// NaN or infinity.
+        value: f64,
+    },
+    /// An adapter folder does not hold a LoRA adapter that this crate can apply.
+    #[error("{}: {message}", path.display())]
+    Adapter {
+        /// The file that is to blame.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// An adapter was made for a model of another size.
+    #[error(
+        "adapter module {name} has lora_A {lora_a:?} and lora_B {lora_b:?}, but the base weight is \
+         {base:?}"
+    )]
+    AdapterShape {
+        /// The module.
+        name: String,
+        /// Shape of `lora_A`: (r, in).
+        lora_a: Vec<i64>,
+        /// Shape of `lora_B`: (out, r).
+        lora_b: Vec<i64>,
+        /// Shape of the base weight: (out, in).
+        base: Vec<i64>,
+    },
+    /// Tensors were given to a checkpoint writer that it was not created for, or not all of them.
+    #[error("{}: {message}", path.display())]
+    Write {
+        /// The checkpoint folder that was being written.
+        path: PathBuf,
+        /// What did not fit.
+        message: String,
+    },
+    /// The tokenizer could not be read.
+    #[error(transparent)]
+    Tokenizer(#[from] dromedary_tokenizer::Error),
+    /// libtorch refused an operation, mostly for want of memory.
+    #[error("libtorch: {0}")]
+    Torch(#[from] tch::TchError),
+}
+
+impl Error {
+    pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+}
+
+/// How the tensors of a checkpoint differ from what its configuration asks for.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct TensorProblems {
+    /// Tensors that the model needs and no file has.
+    pub missing: Vec<String>,
+    /// Tensors that the model has no place for.
+    pub unexpected: Vec<String>,
+    /// Tensors of another shape, each with the expected and the stored shape.
+    pub misshapen: Vec<String>,
+    /// Tensors of a data type other than F32, F16 and BF16, each with its type.
+    pub wrong_dtype: Vec<String>,
+}
+
+impl TensorProblems {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.missing.is_empty()
+            && self.unexpected.is_empty()
+            && self.misshapen.is_empty()
+            && self.wrong_dtype.is_empty()
+    }
+}
+
+impl fmt::Display for TensorProblems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // A checkpoint of another model misses hundreds of names: the first ones say it.
+        const SHOWN: usize = 24;
+        let kinds = [
+            ("missing", &self.missing),
+            ("unexpected", &self.unexpected),
+            ("wrong shape", &self.misshapen),
+            ("wrong data type", &self.wrong_dtype),
+        ];
+        let mut separator = "";
+        for (kind, names) in kinds.into_iter().filter(|(_, names)| !names.is_empty()) {
+            write!(f, "{separator}{} {kind}: ", names.len())?;
+            write!(f, "{}", names[..names.len().min(SHOWN)].join(", "))?;
+            if names.len() > SHOWN {
+                write!(f, " and {} more", names.len() - SHOWN)?;
+            }
+            separator = "; ";
+        }
+        Ok(())
+    }
+}
