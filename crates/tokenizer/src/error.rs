@@ -1,0 +1,50 @@
+use std::path::PathBuf;
+
+/// What can go wrong when a tokenizer is opened; encoding and decoding never fail.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The file, or the folder that should hold `tokenizer.json`, cannot be read.
+    #[error("cannot read tokenizer {path}: {source}")]
+    Open {
+        /// The file that was tried.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// A sentencepiece `.model` was given where `tokenizer.json` is read.
+    #[error("{path} is a sentencepiece model; give the tokenizer.json that belongs to it")]
+    SentencePieceModel {
+        /// The file that was given.
+        path: PathBuf,
+    },
+    /// The file is not JSON, or has a part that LLaMA's tokenizers do not have.
+    #[error("{path} is not a tokenizer of the LLaMA family: {source}")]
+    Parse {
+        /// The file that was read.
+        path: PathBuf,
+        /// The parser's reason, with line and column.
+        source: serde_json::Error,
+    },
+    /// A part of the file is of a kind that is not supported.
+    #[error("{path}: {part} is not supported: {found}")]
+    Unsupported {
+        /// The file that was read.
+        path: PathBuf,
+        /// The part of the file.
+        part: &'static str,
+        /// What it holds.
+        found: String,
+    },
+    /// The parts of the file contradict each other.
+    #[error("{path}: {message}")]
+    Inconsistent {
+        /// The file that was read.
+        path: PathBuf,
+        /// Which parts, and how.
+        message: String,
+    },
+}
+
+/// Result of this crate's fallible functions.
+pub type Result<T> = std::result::Result<T, Error>;

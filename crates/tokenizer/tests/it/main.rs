@@ -1,0 +1,4 @@
+//! Ids against Hugging Face's, over real vocabularies.
+
+mod reference;
+mod vocabularies;
