@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use dromedary_command::{
-    Common, Progress, StopFlag, init_logging, layered, parse, print_config, required, run,
+    Common, Error, Progress, StopFlag, init_logging, layered, parse, print_config, required, run,
 };
 use serde::{Deserialize, Serialize};
 
@@ -30,9 +30,12 @@ struct GreetArgs {
     /// Whom to greet.
     #[arg(long)]
     user_name: Option<String>,
-    /// How often, a tenth of a second apart [default: 1].
+    /// How often [default: 1].
     #[arg(long)]
     num_times: Option<u64>,
+    /// Pause behind each greeting, in milliseconds [default: 0].
+    #[arg(long)]
+    pause_ms: Option<u64>,
 }
 
 fn main() -> ExitCode {
@@ -43,21 +46,41 @@ fn main() -> ExitCode {
         if common.print_config {
             return Ok(print_config("greet", &args)?);
         }
-        let name = required(args.user_name, "user_name")?;
-        greet(&name, args.num_times.unwrap_or(1), &common)
-            .with_context(|| format!("greeting {name}"))
+        let greeting = Greeting::try_from(args)?;
+        greeting.run(&common).with_context(|| format!("greeting {}", greeting.name))
     })
 }
 
-fn greet(name: &str, times: u64, common: &Common) -> anyhow::Result<()> {
-    let stop = StopFlag::install()?;
-    let progress = Progress::new(Some(times), "greetings", !common.quiet);
-    tracing::info!("hello {name}");
-    for done in 0..times {
-        stop.check(|| format!("{done} of {times} done"))?;
-        thread::sleep(Duration::from_millis(100));
-        progress.inc(1);
+/// The resolved settings: nothing is optional any more.
+struct Greeting {
+    name: String,
+    times: u64,
+    pause: Duration,
+}
+
+impl TryFrom<GreetArgs> for Greeting {
+    type Error = Error;
+
+    fn try_from(args: GreetArgs) -> Result<Greeting, Error> {
+        Ok(Greeting {
+            name: required(args.user_name, "user_name")?,
+            times: args.num_times.unwrap_or(1),
+            pause: Duration::from_millis(args.pause_ms.unwrap_or(0)),
+        })
     }
-    progress.finish();
-    Ok(())
+}
+
+impl Greeting {
+    fn run(&self, common: &Common) -> anyhow::Result<()> {
+        let stop = StopFlag::install()?;
+        let progress = Progress::new(Some(self.times), "greetings", !common.quiet);
+        for done in 0..self.times {
+            stop.check(|| format!("{done} of {} greetings done", self.times))?;
+            tracing::info!("hello {}", self.name);
+            thread::sleep(self.pause);
+            progress.inc(1);
+        }
+        progress.finish();
+        Ok(())
+    }
 }

@@ -257,7 +257,7 @@ mod tests {
     fn all_problems_are_named_at_once() {
         let text = message("[generate]\nmax_gen_length = 3\nxyz = 1\ntemperature = 'hot'\n");
         assert!(text.contains("unknown key max_gen_length, did you mean max_gen_len?"), "{text}");
-        assert!(text.contains("unknown key xyz;"), "{text}");
+        assert!(text.ends_with("unknown key xyz"), "{text}");
         assert!(text.contains("key temperature: invalid type"), "{text}");
     }
 

@@ -1,5 +1,8 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
+
+use signal_hook::consts::signal::SIGXFSZ;
 
 use crate::Error;
 
@@ -10,6 +13,7 @@ const FAILURE: u8 = 1;
 
 /// The body of `main`: runs the program, prints its error once to stderr, chooses the exit code.
 pub fn run(program: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
+    let program = || file_size_limit_is_an_error().and_then(|()| program());
     let Err(error) = program() else {
         return ExitCode::SUCCESS;
     };
@@ -20,6 +24,14 @@ pub fn run(program: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
         let _ = writeln!(io::stderr(), "{word}{error:#}");
     });
     ExitCode::from(code)
+}
+
+/// Where `ulimit -f` binds, a write is to fail as on a full disk; unhandled, the signal would end
+/// the process without a message and leave its temporary files.
+fn file_size_limit_is_an_error() -> anyhow::Result<()> {
+    signal_hook::flag::register(SIGXFSZ, Arc::default())
+        .map(drop)
+        .map_err(|source| Error::Signals { source }.into())
 }
 
 /// The exit code of an error: 2 for usage, 75 for a clean stop, else 1; contexts around it do not

@@ -2,10 +2,9 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
-use std::thread;
-use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -29,20 +28,26 @@ fn send(child: &Child, signal: Signal) {
     kill_process(Pid::from_child(child), signal).unwrap();
 }
 
-/// Starts a run of ten seconds and waits until its handlers are in place.
-fn started() -> Child {
-    let mut child = greet(&["greet", "--user-name", "Ada", "--num-times", "100"])
+/// Starts a run and waits until its handlers are in place.
+fn started(times: &str, pause_ms: &str) -> Child {
+    let mut child = greet(&["greet", "--user-name=Ada"])
+        .args(["--num-times", times, "--pause-ms", pause_ms])
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
+    read_until(&mut child, "hello Ada");
+    child
+}
+
+/// Reads stderr up to this text.
+fn read_until(child: &mut Child, text: &str) {
+    let stderr = child.stderr.as_mut().unwrap();
     let mut seen = Vec::new();
     let mut byte = [0];
-    while !seen.ends_with(b"hello Ada") {
-        let stderr = child.stderr.as_mut().unwrap();
+    while !seen.ends_with(text.as_bytes()) {
         assert_eq!(stderr.read(&mut byte).unwrap(), 1, "{}", String::from_utf8_lossy(&seen));
         seen.push(byte[0]);
     }
-    child
 }
 
 fn rest(child: Child) -> (Output, String) {
@@ -107,25 +112,36 @@ fn quiet_is_quiet() {
 #[test]
 fn the_signals_stop_a_run_with_75() {
     for signal in [Signal::TERM, Signal::INT, Signal::USR1] {
-        let child = started();
+        let child = started("1000", "50");
         send(&child, signal);
         let (output, stderr) = rest(child);
         assert_eq!(output.status.code(), Some(75), "{signal:?}: {stderr}");
-        assert!(stderr.contains("greeting Ada: stopped: "), "{stderr}");
+        assert!(stderr.contains("\ngreeting Ada: stopped: "), "{stderr}");
     }
 }
 
 #[test]
 fn a_second_ctrl_c_ends_the_run_by_the_signal() {
-    use std::os::unix::process::ExitStatusExt;
-    let child = started();
-    // The run looks at the flag every 100 ms only, so it is stopped while both signals arrive;
-    // two pending signals of a kind are one, hence the pause between them.
+    let mut child = started("2", "60000");
     send(&child, Signal::INT);
-    thread::sleep(Duration::from_millis(20));
+    // Two pending signals of a kind are one: wait for the first to be taken.
+    read_until(&mut child, "again to end at once");
     send(&child, Signal::INT);
-    let (output, _) = rest(child);
-    let by_signal = output.status.signal() == Some(Signal::INT.as_raw());
-    // On a loaded machine the first one may have ended it already.
-    assert!(by_signal || output.status.code() == Some(75), "{:?}", output.status);
+    let (output, stderr) = rest(child);
+    assert_eq!(output.status.signal(), Some(Signal::INT.as_raw()), "{stderr}");
+}
+
+#[test]
+fn a_limit_of_the_file_size_is_an_error_and_not_a_signal() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("out.toml");
+    let program = greet(&[]).get_program().to_owned();
+    let output = Command::new("sh")
+        .args(["-c", "ulimit -f 0; exec \"$0\" greet --user-name=Ada --print-config > \"$1\""])
+        .args([program, file.into_os_string()])
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("cannot print the configuration: File too large"), "{stderr}");
 }
