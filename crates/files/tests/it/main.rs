@@ -1,0 +1,3 @@
+//! The crate under faults, in processes of its own.
+
+mod faults;
