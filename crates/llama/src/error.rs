@@ -154,6 +154,34 @@ pub enum Error {
         /// Shape of the base weight: (out, in).
         base: Vec<i64>,
     },
+    /// The caller asked to stop; nothing was published.
+    #[error("stopped on request")]
+    Interrupted,
+    /// A tokenizer and a model do not belong together.
+    #[error("the tokenizer has {tokens} tokens, but the model's vocabulary has {vocab_size}")]
+    TokenizerMismatch {
+        /// Tokens of the tokenizer.
+        tokens: usize,
+        /// Rows of the model's embedding.
+        vocab_size: i64,
+    },
+    /// A device was asked for that is none, or that is not there.
+    #[error("--device {name}: give auto, cpu, cuda or cuda:N; libtorch sees {visible} GPUs here")]
+    Device {
+        /// What was asked for.
+        name: String,
+        /// GPUs that libtorch sees.
+        visible: usize,
+    },
+    /// A kind of numbers was asked for that weights cannot be held in.
+    #[error("--dtype {name}: give auto, f32, bf16 or f16")]
+    KindName {
+        /// What was asked for.
+        name: String,
+    },
+    /// A file or folder could not be published.
+    #[error(transparent)]
+    Files(#[from] dromedary_files::Error),
     /// Tensors were given to a checkpoint writer that it was not created for, or not all of them.
     #[error("{}: {message}", path.display())]
     Write {
@@ -168,6 +196,70 @@ pub enum Error {
     /// libtorch refused an operation, mostly for want of memory.
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),
+    /// A packed weight could not be made or used.
+    #[error(transparent)]
+    TorchExt(#[from] dromedary_torch_ext::Error),
+    /// The ranks of a tensor-parallel group could not exchange data.
+    #[error(transparent)]
+    Parallel(#[from] dromedary_parallel::Error),
+    /// A model was asked for that belongs to no rank of its group.
+    #[error("tensor-parallel rank {rank} is not below the size {size} of its group")]
+    GroupRank {
+        /// The rank.
+        rank: usize,
+        /// The size of the group.
+        size: usize,
+    },
+    /// A model is used with a group of another size than it was loaded for.
+    #[error("the model was loaded for a group of {expected}, but the communicator has {got} ranks")]
+    GroupSize {
+        /// The group that it was loaded for.
+        expected: usize,
+        /// The size of the communicator.
+        got: usize,
+    },
+    /// A token id is not in the model's vocabulary.
+    #[error("token id {id} is not below vocab_size {vocab_size}")]
+    TokenId {
+        /// The id.
+        id: u32,
+        /// The size of the vocabulary.
+        vocab_size: i64,
+    },
+    /// A tokenizer belongs to another model.
+    #[error("the tokenizer has {tokenizer} tokens, but the model has vocab_size {model}")]
+    WrongTokenizer {
+        /// Size of the tokenizer's vocabulary.
+        tokenizer: i64,
+        /// Size of the model's vocabulary.
+        model: i64,
+    },
+    /// A setting of the generation is out of range.
+    #[error("{name} is {got}, expected {expected}")]
+    Setting {
+        /// The setting.
+        name: &'static str,
+        /// What it may be.
+        expected: &'static str,
+        /// What it is.
+        got: f64,
+    },
+    /// A prefix leaves no room for rows behind it.
+    #[error("the prefix has {tokens} tokens, and the model's context is {context}")]
+    PrefixTooLong {
+        /// Tokens of the prefix.
+        tokens: usize,
+        /// `max_position_embeddings`.
+        context: i64,
+    },
+    /// The model gave logits that are NaN or infinite.
+    #[error("row {id}: the logits of its output token {position} are not finite")]
+    NonFiniteLogits {
+        /// The row.
+        id: String,
+        /// Number of tokens that the row had generated before.
+        position: u64,
+    },
 }
 
 impl Error {

@@ -19,12 +19,33 @@
 //! }
 //! ```
 
+mod adapter;
+mod attention;
+pub mod block;
 mod checkpoint;
+#[cfg(feature = "cli")]
+pub mod cli;
 mod config;
+mod device;
 mod error;
+pub mod generation;
+mod heads;
+pub mod kv_cache;
+mod linear;
+mod merge;
+mod model;
+mod norm;
 mod plan;
+mod rotary;
 
-pub use checkpoint::{Checkpoint, Dtype};
-pub use config::{LlamaConfig, RopeScaling, eos_token_ids};
+pub use adapter::{Adapter, AdapterFile, LoraConfig, LoraPair};
+pub use checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec};
+pub use config::{LlamaConfig, RopeScaling, check_tokenizer, eos_token_ids};
+pub use device::{select_device, select_kind};
 pub use error::{Error, Result, TensorProblems};
+pub use linear::{Linear, Lora, Parallel, Part, Weight};
+pub use merge::{MergeOptions, MergeReport, merge};
+pub use model::{AttendInLayer, Llama, LoadOptions};
+pub use norm::RmsNorm;
 pub use plan::{HeadGroup, Plan, RankPlan, Shard, Slice};
+pub use rotary::{Rotary, RotaryAt};

@@ -1,0 +1,15 @@
+//! Batch generation: slots that are refilled, a prefix that is run once, stopping per row.
+//!
+//! An [`Engine`] takes [`Request`]s from a closure and gives [`Event`]s to another one. It knows
+//! tokens and text, and nothing of files or of what the text is about.
+
+mod engine;
+mod request;
+mod row;
+mod sampler;
+mod stop;
+
+pub use engine::{Engine, EngineConfig};
+pub use request::{Event, FinishReason, FinishedRow, Request, Statistics};
+pub use sampler::Sampling;
+pub use stop::StopRule;

@@ -1,0 +1,209 @@
+//! The linear layer of the model: one product for several fused projections, an adapter per part.
+
+// Shapes: T = tokens, I = in features, O = out features of all parts (both of this rank), r = LoRA rank.
+
+use std::ops::Range;
+
+use dromedary_torch_ext::{PackedWeight, frozen_linear};
+use tch::Tensor;
+
+use crate::Result;
+
+/// How the frozen weight of a [`Linear`] is stored.
+#[derive(Debug)]
+pub enum Weight {
+    /// `(O, I)` as libtorch multiplies it.
+    Dense(Tensor),
+    /// `(O, I)` in the layout of the CPU's matrix units; f32 only.
+    Packed(PackedWeight),
+}
+
+impl Weight {
+    /// `(O, I)`.
+    pub fn size(&self) -> (i64, i64) {
+        match self {
+            Self::Dense(weight) => (weight.size()[0], weight.size()[1]),
+            Self::Packed(weight) => weight.size(),
+        }
+    }
+
+    /// `x W^T`.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Dense(weight) => Ok(x.f_matmul(&weight.tr())?),
+            Self::Packed(weight) => Ok(frozen_linear(x, weight)?),
+        }
+    }
+}
+
+/// A low-rank addition to a weight: `scaling * b a`.
+#[derive(Debug)]
+pub struct Lora {
+    /// `(r, I)`; this rank's columns of a row-parallel layer.
+    pub a: Tensor,
+    /// `(O of the part, r)`; this rank's rows of a column-parallel layer.
+    pub b: Tensor,
+    /// `lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA.
+    pub scaling: f64,
+}
+
+impl Lora {
+    /// `scaling * (x a^T) b^T`, computed in the kind of the adapter.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let low = x.to_kind(self.a.kind()).f_matmul(&self.a.tr())?; // (T, r)
+        // The scaling goes to the small factor.
+        Ok((low * self.scaling).f_matmul(&self.b.tr())?.to_kind(x.kind())) // (T, O of the part)
+    }
+}
+
+/// One projection inside a fused [`Linear`].
+#[derive(Debug)]
+pub struct Part {
+    /// The projection's name in a checkpoint, as in `q_proj`.
+    pub name: &'static str,
+    /// Its rows of the fused weight.
+    pub rows: Range<i64>,
+    /// Its adapter.
+    pub lora: Option<Lora>,
+}
+
+/// Which part of the whole product a rank's [`Linear`] computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Parallel {
+    /// The rank owns rows of the weight, its result is a slice of the whole result.
+    Column,
+    /// The rank owns columns of the weight, its result is a partial sum that awaits an all-reduce.
+    Row,
+}
+
+/// `y = x W^T`, plus the adapter of each part. No collective is called here.
+#[derive(Debug)]
+pub struct Linear {
+    /// The frozen weight of all parts, `(O, I)`.
+    pub weight: Weight,
+    /// The fused projections, in the order of their rows; they cover all rows.
+    pub parts: Vec<Part>,
+    /// How the layer is split over ranks.
+    pub parallel: Parallel,
+}
+
+impl Linear {
+    /// A layer of the named projections, whose weights `(O of the part, I)` are fused in this order.
+    ///
+    /// # Errors
+    /// The weights differ in kind, device or columns.
+    pub fn fuse(parts: Vec<(&'static str, Tensor)>, parallel: Parallel) -> Result<Self> {
+        let mut named = Vec::with_capacity(parts.len());
+        let mut weights = Vec::with_capacity(parts.len());
+        let mut next = 0;
+        for (name, weight) in parts {
+            let rows = next..next + weight.size2()?.0;
+            next = rows.end;
+            named.push(Part { name, rows, lora: None });
+            weights.push(weight);
+        }
+        let weight = match <[Tensor; 1]>::try_from(weights) {
+            Ok([weight]) => weight,
+            Err(weights) => Tensor::f_cat(&weights, 0)?,
+        };
+        Ok(Self { weight: Weight::Dense(weight), parts: named, parallel })
+    }
+
+    /// Stores the weight as [`Weight::Packed`] from now on.
+    ///
+    /// # Errors
+    /// The weight is not f32 on the CPU, or packing is not supported here.
+    pub fn pack(self) -> Result<Self> {
+        let weight = match self.weight {
+            Weight::Dense(weight) => Weight::Packed(PackedWeight::pack(&weight)?),
+            packed @ Weight::Packed(_) => packed,
+        };
+        Ok(Self { weight, ..self })
+    }
+
+    /// This rank's result: a slice of the features ([`Parallel::Column`]) or a partial sum of all
+    /// ([`Parallel::Row`]), base and adapters alike.
+    ///
+    /// # Shapes
+    /// x: `(T, I)`, result: `(T, O)`.
+    ///
+    /// # Errors
+    /// libtorch refused an operation, as when memory ends.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let base = self.weight.forward(x)?; // (T, O)
+        if self.parts.iter().all(|part| part.lora.is_none()) {
+            return Ok(base);
+        }
+        let mut results = Vec::with_capacity(self.parts.len());
+        for part in &self.parts {
+            let base = base.narrow(1, part.rows.start, part.rows.end - part.rows.start);
+            results.push(match &part.lora {
+                Some(lora) => base + lora.forward(x)?,
+                None => base,
+            });
+        }
+        Ok(match <[Tensor; 1]>::try_from(results) {
+            Ok([result]) => result,
+            Err(results) => Tensor::f_cat(&results, 1)?, // (T, O)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::{Device, Kind};
+
+    const F: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+    fn near(got: &Tensor, want: &Tensor) {
+        let difference = f64::try_from((got - want).abs().max()).unwrap();
+        assert!(difference < 1e-4, "differs by {difference}");
+    }
+
+    fn lora(out: i64, scaling: f64) -> Lora {
+        Lora { a: Tensor::randn([4, 16], F), b: Tensor::randn([out, 4], F), scaling }
+    }
+
+    #[test]
+    fn fused_parts_equal_single_projections_with_their_adapters() {
+        tch::manual_seed(3);
+        let (q, k) = (Tensor::randn([8, 16], F), Tensor::randn([5, 16], F));
+        let x = Tensor::randn([7, 16], F);
+        let mut linear = Linear::fuse(
+            vec![("q_proj", q.shallow_clone()), ("k_proj", k.shallow_clone())],
+            Parallel::Column,
+        )
+        .unwrap();
+        assert_eq!(linear.parts[1].rows, 8..13);
+        let adapter = lora(5, 0.25);
+        let k_whole = &k + adapter.b.matmul(&adapter.a) * adapter.scaling;
+        linear.parts[1].lora = Some(adapter);
+        let want = Tensor::cat(&[x.matmul(&q.tr()), x.matmul(&k_whole.tr())], 1);
+        near(&linear.forward(&x).unwrap(), &want);
+        if dromedary_torch_ext::packing_supported() {
+            near(&linear.pack().unwrap().forward(&x).unwrap(), &want);
+        }
+    }
+
+    #[test]
+    fn row_parallel_partials_sum_to_the_whole() {
+        tch::manual_seed(4);
+        let whole = Tensor::randn([6, 16], F);
+        let adapter = lora(6, 0.5);
+        let x = Tensor::randn([3, 16], F);
+        let mut sum = Tensor::zeros([3, 6], F);
+        for (start, length) in [(0, 5), (5, 11)] {
+            let columns = whole.narrow(1, start, length);
+            let mut linear = Linear::fuse(vec![("o_proj", columns)], Parallel::Row).unwrap();
+            linear.parts[0].lora = Some(Lora {
+                a: adapter.a.narrow(1, start, length),
+                b: adapter.b.shallow_clone(),
+                scaling: adapter.scaling,
+            });
+            sum += linear.forward(&x.narrow(1, start, length)).unwrap();
+        }
+        let weight = &whole + adapter.b.matmul(&adapter.a) * adapter.scaling;
+        near(&sum, &x.matmul(&weight.tr()));
+    }
+}

@@ -1,0 +1,357 @@
+//! The LLaMA of one rank: its slices of the weights, and a forward pass over whatever attends.
+
+// Shapes: T = tokens of all sequences, flattened; C = hidden_size, V = vocab_size,
+// W = this rank's rows of the vocabulary, H = query heads and KV = K/V heads of this rank, D = head_dim.
+
+use std::ops::Range;
+
+use dromedary_parallel::Communicator;
+use tch::{Device, Kind, Tensor};
+
+use crate::{
+    Checkpoint, Error, LlamaConfig, Plan, RankPlan, Result, Shard,
+    attention::causal_attention,
+    block::{self, Layer},
+    heads::Heads,
+    linear::{Linear, Parallel, Part},
+    norm::RmsNorm,
+    rotary::{Rotary, RotaryAt},
+};
+
+/// How a model is loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// Where the weights go.
+    pub device: Device,
+    /// The kind to compute in: `Float`, `BFloat16` or `Half`. Norms' statistics, softmax, rotary
+    /// embedding and logits are in f32 whatever this is.
+    pub kind: Kind,
+    /// Pack the linear layers for the CPU's matrix units where that is possible (f32 on a CPU with
+    /// oneDNN), which is faster up to some hundred tokens at once; elsewhere this has no effect.
+    pub pack: bool,
+    /// This process in its tensor-parallel group.
+    pub tp_rank: usize,
+    /// Size of the tensor-parallel group.
+    pub tp: usize,
+}
+
+impl Default for LoadOptions {
+    /// The whole model on the CPU in f32, packed where possible.
+    fn default() -> Self {
+        Self { device: Device::Cpu, kind: Kind::Float, pack: true, tp_rank: 0, tp: 1 }
+    }
+}
+
+impl LoadOptions {
+    /// Whether packing is asked for and possible.
+    fn packs(&self) -> bool {
+        self.pack
+            && self.device == Device::Cpu
+            && self.kind == Kind::Float
+            && dromedary_torch_ext::packing_supported()
+    }
+}
+
+/// A LLaMA, or one rank's share of it.
+#[derive(Debug)]
+pub struct Llama {
+    config: LlamaConfig,
+    options: LoadOptions,
+    plan: Plan,
+    heads: Heads,
+    rotary: Rotary,
+    embed_tokens: Tensor, // (V, C)
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    lm_head: Linear, // (W, C)
+}
+
+/// What attends in each layer of a forward pass: the layer's number, then the arguments of
+/// [`block::Attend`].
+pub type AttendInLayer<'a> = &'a mut dyn FnMut(usize, &Tensor, &Tensor, &Tensor) -> Result<Tensor>;
+
+impl Llama {
+    /// Reads this rank's slices of a checkpoint.
+    ///
+    /// # Errors
+    /// The model cannot be split over `tp` ranks, `tp_rank` is not below `tp`, a file cannot be
+    /// read, memory ends.
+    pub fn load(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<Self> {
+        let config = checkpoint.config().clone();
+        let plan = Plan::new(&config, options.tp)?;
+        if options.tp_rank >= options.tp {
+            return Err(Error::GroupRank { rank: options.tp_rank, size: options.tp });
+        }
+        let rank_plan = plan.rank(options.tp_rank).clone();
+        let loader = Loader { checkpoint, options, plan: &rank_plan, config: &config };
+        let heads = Heads::new(&rank_plan, config.head_dim);
+        let layers = (0..config.num_hidden_layers)
+            .map(|layer| loader.layer(&format!("model.layers.{layer}"), &heads))
+            .collect::<Result<_>>()?;
+        let embed_tokens = loader.tensor("model.embed_tokens.weight")?;
+        let lm_head = loader.head(&embed_tokens)?;
+        let norm = loader.norm("model.norm")?;
+        let rotary = Rotary::new(&config, options.device)?;
+        Ok(Self {
+            config,
+            options: *options,
+            plan,
+            heads,
+            rotary,
+            embed_tokens,
+            layers,
+            norm,
+            lm_head,
+        })
+    }
+
+    /// The whole model's hyper-parameters.
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+
+    /// What each rank owns.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// What this rank owns.
+    pub fn rank_plan(&self) -> &RankPlan {
+        self.plan.rank(self.options.tp_rank)
+    }
+
+    /// The attention heads of this rank.
+    pub fn heads(&self) -> &Heads {
+        &self.heads
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> Device {
+        self.options.device
+    }
+
+    /// The kind that is computed in.
+    pub fn kind(&self) -> Kind {
+        self.options.kind
+    }
+
+    /// Whether frozen weights are packed for the CPU's matrix units.
+    pub fn packs(&self) -> bool {
+        self.options.packs()
+    }
+
+    /// The layers, first to last.
+    pub fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// The projections of all layers with the names of their modules, as in
+    /// `model.layers.0.self_attn.q_proj`; this is where adapters are put.
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = (String, &mut Part)> {
+        self.layers.iter_mut().enumerate().flat_map(|(index, layer)| {
+            let attention = layer.qkv_proj.parts.iter_mut().chain(&mut layer.o_proj.parts);
+            let mlp = layer.gate_up_proj.parts.iter_mut().chain(&mut layer.down_proj.parts);
+            let named = move |block: &str, part: &Part| {
+                format!("model.layers.{index}.{block}.{}", part.name)
+            };
+            attention
+                .map(move |part| (named("self_attn", part), part))
+                .chain(mlp.map(move |part| (named("mlp", part), part)))
+        })
+    }
+
+    /// The embeddings of tokens.
+    ///
+    /// # Shapes
+    /// result: `(T, C)`.
+    ///
+    /// # Errors
+    /// A token id that is not in the vocabulary.
+    pub fn embed(&self, ids: &[u32]) -> Result<Tensor> {
+        if let Some(&id) = ids.iter().find(|&&id| i64::from(id) >= self.config.vocab_size) {
+            return Err(Error::TokenId { id, vocab_size: self.config.vocab_size });
+        }
+        let ids: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
+        let ids = Tensor::from_slice(&ids).f_to_device(self.device())?;
+        Ok(self.embed_tokens.f_index_select(0, &ids)?)
+    }
+
+    /// The rotations of tokens at these positions.
+    ///
+    /// # Errors
+    /// libtorch refused an operation.
+    pub fn rotary_at(&self, positions: &[i64]) -> Result<RotaryAt> {
+        self.rotary.at(positions)
+    }
+
+    /// The norm behind the last layer.
+    ///
+    /// # Shapes
+    /// x: `(T, C)`, result: `(T, C)`.
+    pub fn final_norm(&self, x: &Tensor) -> Tensor {
+        self.norm.forward(x)
+    }
+
+    /// The weight of this rank's rows of the head.
+    pub fn lm_head(&self) -> &Linear {
+        &self.lm_head
+    }
+
+    /// This rank's columns of the logits, in f32.
+    ///
+    /// # Shapes
+    /// x: `(T, C)`, result: `(T, W)`.
+    ///
+    /// # Errors
+    /// libtorch refused an operation, as when memory ends.
+    pub fn head(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(self.lm_head.forward(x)?.to_kind(Kind::Float))
+    }
+
+    /// All columns of the logits from each rank's own; every rank of the group must call this, and
+    /// all get the same.
+    ///
+    /// # Shapes
+    /// local: `(T, W)`, result: `(T, V)`.
+    ///
+    /// # Errors
+    /// The group is not the one that the model was loaded for, or the exchange failed.
+    pub fn gather_logits(&self, local: Tensor, comm: &dyn Communicator) -> Result<Tensor> {
+        self.check_group(comm)?;
+        if self.options.tp == 1 {
+            return Ok(local);
+        }
+        let tokens = local.size2()?.0;
+        let all = comm.all_gather(&local.reshape(-1))?; // (T x W of rank 0, T x W of rank 1, ..)
+        let widths = (0..self.options.tp).map(|rank| width(&self.plan.rank(rank).vocab));
+        let sizes: Vec<i64> = widths.map(|width| tokens * width).collect();
+        let columns: Vec<Tensor> = all
+            .f_split_with_sizes(&sizes, 0)?
+            .into_iter()
+            .map(|rank| rank.view([tokens, -1])) // (T, W of the rank)
+            .collect();
+        Ok(Tensor::f_cat(&columns, 1)?) // (T, V)
+    }
+
+    /// All layers over embedded tokens; every rank of the group must call this, and all get the same.
+    ///
+    /// # Shapes
+    /// x: `(T, C)`, positions: T, result: `(T, C)`, before the final norm.
+    ///
+    /// # Errors
+    /// Those of `attend`, of the exchange between ranks and of libtorch.
+    pub fn forward_layers(
+        &self,
+        mut x: Tensor,
+        positions: &[i64],
+        comm: &dyn Communicator,
+        attend: AttendInLayer<'_>,
+    ) -> Result<Tensor> {
+        self.check_group(comm)?;
+        let rotary_at = self.rotary_at(positions)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let mut attend = |q: &Tensor, k: &Tensor, v: &Tensor| attend(index, q, k, v);
+            let partial = block::attention_partial(layer, &x, &rotary_at, &mut attend)?;
+            x = x + all_reduced(partial, comm)?;
+            let partial = block::mlp_partial(layer, &x)?;
+            x = x + all_reduced(partial, comm)?;
+        }
+        Ok(x)
+    }
+
+    /// The logits after each token of one sequence, without a cache; every rank of the group must
+    /// call this, and all get the same.
+    ///
+    /// # Shapes
+    /// result: `(T, V)` in f32.
+    ///
+    /// # Errors
+    /// A token id that is not in the vocabulary, a failed exchange, no memory.
+    pub fn forward_logits(&self, ids: &[u32], comm: &dyn Communicator) -> Result<Tensor> {
+        tch::no_grad(|| {
+            let length = ids.len() as i64;
+            let positions: Vec<i64> = (0..length).collect();
+            let x =
+                self.forward_layers(self.embed(ids)?, &positions, comm, &mut |_, q, k, v| {
+                    causal_attention(&self.heads, q, k, v, &[length])
+                })?;
+            self.gather_logits(self.head(&self.final_norm(&x))?, comm)
+        })
+    }
+
+    fn check_group(&self, comm: &dyn Communicator) -> Result<()> {
+        let (expected, got) = (self.options.tp, comm.world_size());
+        if expected == got { Ok(()) } else { Err(Error::GroupSize { expected, got }) }
+    }
+}
+
+fn width(range: &Range<i64>) -> i64 {
+    range.end - range.start
+}
+
+/// The sum of the ranks' partial sums.
+fn all_reduced(mut partial: Tensor, comm: &dyn Communicator) -> Result<Tensor> {
+    if comm.world_size() > 1 {
+        comm.all_reduce_sum(&mut partial)?;
+    }
+    Ok(partial)
+}
+
+struct Loader<'a> {
+    checkpoint: &'a Checkpoint,
+    options: &'a LoadOptions,
+    plan: &'a RankPlan,
+    config: &'a LlamaConfig,
+}
+
+impl Loader<'_> {
+    fn slice(&self, name: &str, shard: &Shard) -> Result<Tensor> {
+        let tensor = self.checkpoint.read_slice(name, shard)?;
+        Ok(tensor.f_to_device(self.options.device)?.f_to_kind(self.options.kind)?)
+    }
+
+    fn tensor(&self, name: &str) -> Result<Tensor> {
+        self.slice(name, &self.plan.shard(name))
+    }
+
+    fn norm(&self, module: &str) -> Result<RmsNorm> {
+        let weight = self.tensor(&format!("{module}.weight"))?;
+        Ok(RmsNorm { weight, eps: self.config.rms_norm_eps })
+    }
+
+    fn linear(&self, module: &str, parts: &[&'static str], parallel: Parallel) -> Result<Linear> {
+        let weights = parts
+            .iter()
+            .map(|&part| Ok((part, self.tensor(&format!("{module}.{part}.weight"))?)))
+            .collect::<Result<_>>()?;
+        self.packed(Linear::fuse(weights, parallel)?)
+    }
+
+    fn packed(&self, linear: Linear) -> Result<Linear> {
+        if self.options.packs() { linear.pack() } else { Ok(linear) }
+    }
+
+    fn layer(&self, module: &str, heads: &Heads) -> Result<Layer> {
+        let (attention, mlp) = (format!("{module}.self_attn"), format!("{module}.mlp"));
+        Ok(Layer {
+            input_layernorm: self.norm(&format!("{module}.input_layernorm"))?,
+            qkv_proj: self.linear(&attention, &["q_proj", "k_proj", "v_proj"], Parallel::Column)?,
+            o_proj: self.linear(&attention, &["o_proj"], Parallel::Row)?,
+            post_attention_layernorm: self.norm(&format!("{module}.post_attention_layernorm"))?,
+            gate_up_proj: self.linear(&mlp, &["gate_proj", "up_proj"], Parallel::Column)?,
+            down_proj: self.linear(&mlp, &["down_proj"], Parallel::Row)?,
+            heads: heads.clone(),
+        })
+    }
+
+    /// A tied head is a slice of the embedding, which is not read again.
+    fn head(&self, embed_tokens: &Tensor) -> Result<Linear> {
+        let weight = if self.config.tie_word_embeddings {
+            let rows = &self.plan.vocab;
+            embed_tokens.narrow(0, rows.start, width(rows))
+        } else {
+            self.tensor("lm_head.weight")?
+        };
+        self.packed(Linear::fuse(vec![("lm_head", weight)], Parallel::Column)?)
+    }
+}
