@@ -131,6 +131,19 @@ pub fn eos_token_ids(dir: impl AsRef<Path>, tokenizer: &Tokenizer) -> Result<Vec
     Ok(ids.into_iter().collect())
 }
 
+/// Checks that a tokenizer can be a model's: it makes no id that the model does not know, and it is
+/// not of another order of size. (Vocabularies are often padded, but never to twice their size.)
+///
+/// # Errors
+/// [`Error::TokenizerMismatch`] with both sizes.
+pub fn check_tokenizer(config: &LlamaConfig, tokenizer: &Tokenizer) -> Result<()> {
+    let (tokens, vocab_size) = (tokenizer.vocab_size(), config.vocab_size);
+    if tokens as i64 > vocab_size || (tokens as i64) * 2 < vocab_size {
+        return Err(Error::TokenizerMismatch { tokens, vocab_size });
+    }
+    Ok(())
+}
+
 fn eos_ids_of_file(path: &Path) -> Result<Vec<u32>> {
     #[derive(Deserialize)]
     struct WithEos {

@@ -226,14 +226,6 @@ pub enum Error {
         /// The size of the vocabulary.
         vocab_size: i64,
     },
-    /// A tokenizer belongs to another model.
-    #[error("the tokenizer has {tokenizer} tokens, but the model has vocab_size {model}")]
-    WrongTokenizer {
-        /// Size of the tokenizer's vocabulary.
-        tokenizer: i64,
-        /// Size of the model's vocabulary.
-        model: i64,
-    },
     /// A setting of the generation is out of range.
     #[error("{name} is {got}, expected {expected}")]
     Setting {

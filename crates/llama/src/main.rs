@@ -1,3 +1,7 @@
-//! Entry point.
+//! The program `llama`.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    dromedary_llama::cli::main()
+}

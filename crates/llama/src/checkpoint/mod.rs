@@ -4,11 +4,18 @@ mod dtype;
 mod file;
 mod header;
 mod index;
+mod output;
 mod reader;
 mod tensor_memory;
 mod tensors;
+mod writer;
 
 pub use dtype::Dtype;
+pub use output::TensorSpec;
 pub use reader::Checkpoint;
+pub use writer::{CheckpointWriter, DEFAULT_MAX_SHARD_SIZE};
 
-pub(crate) use tensors::tensor_shapes;
+pub(crate) use file::SafetensorsFile;
+pub(crate) use output::SafetensorsWriter;
+
+pub(crate) use tensors::{linear_shapes, tensor_shapes};

@@ -1,0 +1,189 @@
+use std::{
+    collections::{BTreeMap, VecDeque},
+    fs,
+    path::{Path, PathBuf},
+};
+
+use dromedary_files::{AtomicDir, FileEntry, Manifest};
+use serde_json::json;
+use tch::Tensor;
+
+use super::{
+    index::{INDEX, SINGLE},
+    output::{SafetensorsWriter, TensorSpec},
+};
+use crate::error::{Error, Result};
+
+/// What belongs to a model beside its weights, where it is there.
+const COMPANIONS: [&str; 12] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "LICENSE",
+    "LICENSE.txt",
+];
+
+/// The largest file that Hugging Face's tools write without being told.
+pub const DEFAULT_MAX_SHARD_SIZE: u64 = 5_000_000_000;
+
+/// Writes a checkpoint folder tensor by tensor, holding none of them.
+///
+/// The folder appears under its name when [`CheckpointWriter::finish`] has written everything;
+/// until then it is a temporary sibling, which a dropped writer removes.
+#[derive(Debug)]
+pub struct CheckpointWriter {
+    output: PathBuf,
+    dir: AtomicDir,
+    order: Vec<TensorSpec>,
+    /// Files to come: name and tensors.
+    shards: VecDeque<(String, Vec<TensorSpec>)>,
+    open: Option<(String, SafetensorsWriter)>,
+    files: BTreeMap<String, FileEntry>,
+    index: Option<serde_json::Value>,
+}
+
+impl CheckpointWriter {
+    /// Begins a folder for these tensors. Files are cut so that none holds more than
+    /// `max_shard_size` bytes of tensors, except for a tensor that is larger by itself.
+    ///
+    /// # Errors
+    /// The folder exists already, or its parent cannot be written.
+    pub fn create(
+        output: impl AsRef<Path>,
+        mut tensors: Vec<TensorSpec>,
+        max_shard_size: u64,
+    ) -> Result<Self> {
+        let output = output.as_ref();
+        let dir = AtomicDir::create(output)?;
+        // Wider types first: every tensor then begins at a multiple of its element's size.
+        tensors.sort_by_key(|tensor| std::cmp::Reverse(tensor.dtype.size()));
+        let shards = cut(&tensors, max_shard_size);
+        let count = shards.len();
+        let names = (1..=count).map(|number| match count {
+            1 => SINGLE.to_string(),
+            _ => format!("model-{number:05}-of-{count:05}.safetensors"),
+        });
+        let shards: VecDeque<_> = names.zip(shards).collect();
+        let index = (count > 1).then(|| index_of(&shards));
+        let (order, open, files) = (tensors, None, BTreeMap::new());
+        Ok(Self { output: output.to_path_buf(), dir, order, shards, open, files, index })
+    }
+
+    /// The tensors in the order in which they must be written.
+    pub fn order(&self) -> &[TensorSpec] {
+        &self.order
+    }
+
+    /// Writes the next rows (or all of them) of the next tensor of [`CheckpointWriter::order`].
+    ///
+    /// # Errors
+    /// [`Error::Write`] for another tensor, data type or shape; [`Error::NonFinite`]; [`Error::Io`]
+    /// such as a full disk.
+    pub fn append(&mut self, name: &str, rows: &Tensor) -> Result<()> {
+        let mut shard = match self.open.take() {
+            Some(shard) => shard,
+            None => self.next_shard(name)?,
+        };
+        shard.1.append(name, rows)?;
+        if shard.1.is_complete() {
+            self.close(shard)?;
+        } else {
+            self.open = Some(shard);
+        }
+        Ok(())
+    }
+
+    /// Adds a small file, such as `config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn add_file(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        fs::write(self.dir.path().join(name), bytes).map_err(Error::io(self.output.join(name)))?;
+        let blake3 = blake3::hash(bytes).to_hex().to_string();
+        self.files.insert(name.to_string(), FileEntry { size: bytes.len() as u64, blake3 });
+        Ok(())
+    }
+
+    /// Copies configuration, tokenizer and licence of the checkpoint in `dir`, as far as they are
+    /// there.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn copy_companions(&mut self, dir: &Path) -> Result<()> {
+        for name in COMPANIONS {
+            let path = dir.join(name);
+            if path.is_file() {
+                let bytes = fs::read(&path).map_err(Error::io(&path))?;
+                self.add_file(name, &bytes)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes index and manifest and gives the folder its name.
+    ///
+    /// # Errors
+    /// [`Error::Write`] if a tensor is missing, [`Error::Io`], [`Error::Files`].
+    pub fn finish(mut self) -> Result<()> {
+        if let Some((_, shard)) = self.open.take() {
+            shard.finish()?; // fails: it awaits a tensor
+        }
+        if let Some((file, _)) = self.shards.front() {
+            let message = format!("{file} was not written");
+            return Err(Error::Write { path: self.output, message });
+        }
+        if let Some(index) = self.index.take() {
+            self.add_file(INDEX, format!("{index:#}\n").as_bytes())?;
+        }
+        self.dir.commit(&Manifest { files: self.files })?;
+        Ok(())
+    }
+
+    fn next_shard(&mut self, name: &str) -> Result<(String, SafetensorsWriter)> {
+        let (file, tensors) = self.shards.pop_front().ok_or_else(|| Error::Write {
+            path: self.output.clone(),
+            message: format!("{name} comes after the last tensor"),
+        })?;
+        let writer = SafetensorsWriter::create(self.dir.path(), &self.output, &file, tensors)?;
+        Ok((file, writer))
+    }
+
+    fn close(&mut self, (file, writer): (String, SafetensorsWriter)) -> Result<()> {
+        let written = writer.finish()?;
+        self.files.insert(file, FileEntry { size: written.size, blake3: written.blake3 });
+        Ok(())
+    }
+}
+
+/// Runs of tensors that fit into a file each.
+fn cut(tensors: &[TensorSpec], max_shard_size: u64) -> Vec<Vec<TensorSpec>> {
+    let mut shards: Vec<Vec<TensorSpec>> = Vec::new();
+    let mut room = 0;
+    for tensor in tensors {
+        match shards.last_mut() {
+            Some(shard) if tensor.size() <= room => {
+                shard.push(tensor.clone());
+                room -= tensor.size();
+            }
+            _ => {
+                shards.push(vec![tensor.clone()]);
+                room = max_shard_size.saturating_sub(tensor.size());
+            }
+        }
+    }
+    shards
+}
+
+fn index_of(shards: &VecDeque<(String, Vec<TensorSpec>)>) -> serde_json::Value {
+    let placed = shards.iter().flat_map(|(file, tensors)| tensors.iter().map(move |t| (t, file)));
+    let total_size: u64 = placed.clone().map(|(tensor, _)| tensor.size()).sum();
+    let weight_map: BTreeMap<_, _> = placed.map(|(tensor, file)| (&tensor.name, file)).collect();
+    json!({ "metadata": { "total_size": total_size }, "weight_map": weight_map })
+}

@@ -1,0 +1,45 @@
+//! The program `llama`: one module per subcommand, each with its flags and its settings.
+
+mod byte_size;
+mod inspect;
+mod merge;
+
+use std::process::ExitCode;
+
+use dromedary_command::{Common, init_logging};
+
+/// Names of the tables that a `--config` file may have.
+const SUBCOMMANDS: [&str; 2] = ["inspect", "merge"];
+
+/// LLaMA checkpoints: look at them, merge adapters into them, run them.
+#[derive(Debug, clap::Parser)]
+#[command(name = "llama", version)]
+pub struct Cli {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    Inspect(inspect::InspectArgs),
+    Merge(merge::MergeArgs),
+}
+
+/// Runs the program with the arguments of this process.
+pub fn main() -> ExitCode {
+    let cli = dromedary_command::parse::<Cli>();
+    dromedary_command::run(|| cli.run())
+}
+
+impl Cli {
+    fn run(self) -> anyhow::Result<()> {
+        let common = self.common;
+        init_logging(0, 1, common.verbosity());
+        match self.command {
+            Command::Inspect(args) => inspect::run(args, &common),
+            Command::Merge(args) => merge::run(args, &common),
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! An adapter added into its base, block by block.
+
+use std::{ops::ControlFlow, path::PathBuf};
+
+use tch::{Kind, Tensor};
+
+use crate::{
+    adapter::{AdapterFile, LoraPair, delta},
+    checkpoint::{Checkpoint, CheckpointWriter, TensorSpec},
+    error::{Error, Result},
+};
+
+/// Bytes of a weight in memory at once; its f32 copy and the product beside it are twice as large
+/// each for 16-bit weights.
+const BLOCK: usize = 16 << 20;
+
+/// What is merged, and where to.
+#[derive(Debug, Clone)]
+pub struct MergeOptions {
+    /// Folder of the base checkpoint.
+    pub checkpoint: PathBuf,
+    /// Folder of the PEFT adapter.
+    pub adapter: PathBuf,
+    /// Folder that is to be written; must not exist.
+    pub output: PathBuf,
+    /// Largest weight file in bytes.
+    pub max_shard_size: u64,
+}
+
+/// What a merge did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MergeReport {
+    /// Tensors written.
+    pub tensors: usize,
+    /// Tensors among them that the adapter changed.
+    pub merged: usize,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+}
+
+/// Writes the base with `W + scaling * B A` in place of each adapted weight `W`: added in f32,
+/// stored in the base's type. `progress` gets the
+/// number of bytes after each block, and may stop the merge.
+///
+/// The output folder appears when it is complete. Memory stays small whatever the model's size.
+///
+/// # Errors
+/// An adapter that does not fit the base ([`Error::AdapterShape`](crate::Error::AdapterShape) names
+/// both shapes) before anything is written; [`Error::Interrupted`](crate::Error::Interrupted) where
+/// `progress` says so; what reading, writing and publishing can meet.
+pub fn merge(
+    options: &MergeOptions,
+    progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
+) -> Result<MergeReport> {
+    let base = Checkpoint::open(&options.checkpoint)?;
+    let adapter = AdapterFile::open(&options.adapter)?;
+    adapter.check_fits(base.config())?;
+    let specs = specs_of(&base)?;
+    let mut writer = CheckpointWriter::create(&options.output, specs, options.max_shard_size)?;
+    writer.copy_companions(&options.checkpoint)?;
+    let order = writer.order().to_vec();
+    let mut report = MergeReport { tensors: order.len(), merged: 0, bytes: 0 };
+    for TensorSpec { name, dtype, .. } in &order {
+        let lora = match name.strip_suffix(".weight").filter(|module| adapter.has(module)) {
+            Some(module) => Some(adapter.read(module)?),
+            None => None,
+        };
+        for block in base.read_blocks(name, BLOCK)? {
+            let (rows, weight) = block?;
+            let block = match &lora {
+                Some(lora) => {
+                    let b = lora.lora_b.f_narrow(0, rows.start, rows.end - rows.start)?;
+                    merged(
+                        &weight,
+                        &LoraPair { lora_a: lora.lora_a.shallow_clone(), lora_b: b },
+                        adapter.config().scaling(),
+                        dtype.kind(),
+                    )?
+                }
+                None => weight,
+            };
+            writer.append(name, &block)?;
+            let bytes = (block.numel() * dtype.size()) as u64;
+            report.bytes += bytes;
+            if progress(bytes).is_break() {
+                return Err(Error::Interrupted);
+            }
+        }
+        report.merged += usize::from(lora.is_some());
+    }
+    writer.finish()?;
+    Ok(report)
+}
+
+/// Rows of a weight with the adapter's product added, in the kind in which they are stored.
+fn merged(weight: &Tensor, lora: &LoraPair, scaling: f64, kind: Kind) -> Result<Tensor> {
+    let sum = weight.f_to_kind(Kind::Float)?.f_add(&delta(&lora.lora_b, &lora.lora_a, scaling)?)?;
+    Ok(sum.f_to_kind(kind)?)
+}
+
+fn specs_of(base: &Checkpoint) -> Result<Vec<TensorSpec>> {
+    base.names()
+        .map(|name| {
+            let (dtype, shape) = (base.dtype_of(name)?, base.shape(name)?.to_vec());
+            Ok(TensorSpec { name: name.to_string(), dtype, shape })
+        })
+        .collect()
+}
