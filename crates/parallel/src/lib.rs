@@ -1,1 +1,46 @@
-//! Processes that work as one: communicators, process grid, failing together
+//! Brief overview: processes that work as one and fail as one.
+//!
+//! The central trait is [`Communicator`], a group of ranks with its collectives. It has three
+//! implementations, which pass the same test: [`SingleProcess`], [`threads`] (the ranks of a test,
+//! in one process) and [`Mpi`]. [`launch`] finds out how the process was started and gives it the
+//! right one, inside [`Guarded`], which ends a job that waits for ever. [`ParallelDims`] lays the
+//! ranks out as replicas of tensor-parallel groups.
+//!
+//! One rank that fails ends all: a panic, an error that [`Launch::run`] sees, a rank that does not
+//! come to a collective. Nothing is left behind.
+//!
+//! ```no_run
+//! use dromedary_parallel::{Error, ParallelDims, launch};
+//! use tch::Tensor;
+//!
+//! fn main() -> Result<(), Error> {
+//!     launch()?.run(|launch| {
+//!         let world = launch.world();
+//!         let group = ParallelDims::new(world.world_size(), 2)?.tp_group(world)?;
+//!         let mut partial = Tensor::from_slice(&[1.0_f32, 2.0]);
+//!         group.all_reduce_sum(&mut partial)
+//!     })
+//! }
+//! ```
+
+mod communicator;
+mod dims;
+mod environment;
+mod error;
+mod guarded;
+mod host;
+mod launch;
+mod mpi_buffers;
+mod mpi_communicator;
+mod roll_call;
+mod single;
+mod threads;
+
+pub use communicator::{AbortHandle, Communicator, check_agreement};
+pub use dims::ParallelDims;
+pub use error::{Error, Result};
+pub use guarded::Guarded;
+pub use launch::{Launch, launch};
+pub use mpi_communicator::Mpi;
+pub use single::SingleProcess;
+pub use threads::{ThreadCommunicator, threads};

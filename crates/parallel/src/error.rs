@@ -1,0 +1,144 @@
+//! What can go wrong between ranks.
+
+use tch::{Kind, TchError};
+
+/// The result of this crate's functions.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// An error of this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// libtorch could not copy or make a tensor.
+    #[error("{operation}: {message}")]
+    Torch {
+        /// The collective it was needed for.
+        operation: &'static str,
+        /// The first line of what libtorch said.
+        message: String,
+    },
+    /// A sum or maximum of tensors of a kind that is not reduced.
+    #[error("{operation}: tensors of kind {kind:?} cannot be reduced")]
+    UnsupportedKind {
+        /// The collective.
+        operation: &'static str,
+        /// The tensor's kind.
+        kind: Kind,
+    },
+    /// A collective was asked to change a tensor that a recorded graph made; its gradient would
+    /// know nothing of the other ranks.
+    #[error("{operation}: the tensor is part of a recorded graph, detach it first")]
+    Recorded {
+        /// The collective.
+        operation: &'static str,
+    },
+    /// Ranks met in different collectives, or with different shapes or kinds.
+    #[error("rank {rank} is in {there} while rank {here_rank} is in {here}")]
+    Mismatch {
+        /// The rank that reports.
+        here_rank: usize,
+        /// What it called.
+        here: String,
+        /// The first rank that called something else.
+        rank: usize,
+        /// What that rank called.
+        there: String,
+    },
+    /// A root outside the group.
+    #[error("{operation}: root {root} is not one of {world_size} ranks")]
+    Root {
+        /// The collective.
+        operation: &'static str,
+        /// The root that was asked for.
+        root: usize,
+        /// The number of ranks.
+        world_size: usize,
+    },
+    /// A color or key of a split that MPI cannot hold.
+    #[error("split: {value} is above 2^31 - 1")]
+    SplitNumber {
+        /// The number.
+        value: usize,
+    },
+    /// A rank of a group of threads ended without taking part.
+    #[error("{operation}: rank {rank} has left")]
+    RankGone {
+        /// The collective that waited for it.
+        operation: String,
+        /// The rank that is gone.
+        rank: usize,
+    },
+    /// A rank ended the job.
+    #[error("the job was ended: {message}")]
+    Aborted {
+        /// The rank and its reason.
+        message: String,
+    },
+    /// MPI refused a call.
+    #[error("{operation}: MPI says: {message}")]
+    Mpi {
+        /// The collective.
+        operation: &'static str,
+        /// MPI's message.
+        message: String,
+    },
+    /// MPI was already set up by somebody else in this process.
+    #[error("MPI was already initialised in this process")]
+    MpiInitialised,
+    /// The launcher started several tasks, but they do not see each other.
+    #[error(
+        "started as {expected} tasks, but MPI sees {got}: with Slurm, start with `srun --mpi=pmix`; \
+         with mpirun, use the one of the MPI this program was built with"
+    )]
+    Singleton {
+        /// Number of tasks that the launcher says.
+        expected: usize,
+        /// Number of ranks that MPI says; 1 where no way to reach the others was given.
+        got: usize,
+    },
+    /// An environment variable holds no number.
+    #[error("environment variable {name} is `{value}`, which is not a whole number above 0")]
+    Environment {
+        /// The variable.
+        name: &'static str,
+        /// Its value.
+        value: String,
+    },
+    /// The watchdog could not be started.
+    #[error("cannot start the watchdog of collectives: {source}")]
+    Watchdog {
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A tensor-parallel size that does not fit the number of ranks.
+    #[error("tp = {tp} does not divide the {world_size} ranks")]
+    ParallelDims {
+        /// Tensor-parallel size.
+        tp: usize,
+        /// Number of ranks.
+        world_size: usize,
+    },
+    /// Ranks were started with different settings or files.
+    #[error("ranks disagree on {what}: rank 0 has {expected}, rank {rank} has {got}")]
+    Disagreement {
+        /// What was compared.
+        what: String,
+        /// The value on rank 0.
+        expected: String,
+        /// The first rank with another value.
+        rank: usize,
+        /// The value there.
+        got: String,
+    },
+}
+
+impl Error {
+    /// libtorch's messages carry a C++ trace below the first line.
+    pub(crate) fn torch(operation: &'static str) -> impl Fn(TchError) -> Self {
+        move |error| {
+            let text = error.to_string();
+            let message = text.lines().next().unwrap_or_default().to_owned();
+            Self::Torch { operation, message }
+        }
+    }
+}

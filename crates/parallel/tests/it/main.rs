@@ -1,0 +1,12 @@
+//! Ranks as threads and as processes: what they promise, and how they end.
+
+#[path = "../contract/mod.rs"]
+mod contract;
+/// Jobs that fail, started as a user starts them.
+mod failing;
+/// Starts and watches jobs.
+mod job;
+/// One rank and several as threads.
+mod threads;
+/// Jobs that work.
+mod working;

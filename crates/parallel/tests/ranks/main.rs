@@ -1,0 +1,114 @@
+//! What the tests start as ranks: the contract, and every way to fail while others wait.
+
+use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
+
+use dromedary_parallel::{Error, Launch, launch};
+use mpi::traits::{Communicator as _, CommunicatorCollectives as _};
+use rustix::process::{Signal, getpid, kill_process};
+
+#[path = "../contract/mod.rs"]
+mod contract;
+
+fn main() -> ExitCode {
+    let word = std::env::args().nth(1).unwrap_or_default();
+    // So that the tests can see that no process is left.
+    eprintln!("pid {}", std::process::id());
+    let result = match word.as_str() {
+        "control" => return control(),
+        "refused" => launch().map(drop),
+        _ => joined(&word),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn joined(word: &str) -> Result<(), Error> {
+    let launch = launch()?;
+    tch::set_num_threads(1);
+    if word == "drop" {
+        return early_return(&launch);
+    }
+    launch.run(|launch| work(word, launch))
+}
+
+fn work(word: &str, launch: &Launch) -> Result<(), Error> {
+    let world = launch.world();
+    if word == "contract" {
+        contract::check(world);
+        eprintln!(
+            "rank {} of {} kept the contract, local rank {}, mpi {}",
+            world.rank(),
+            world.world_size(),
+            launch.local_rank(),
+            mpi::is_initialized()
+        );
+        return Ok(());
+    }
+    world.barrier()?;
+    if world.rank() == 1 {
+        eprintln!("failing");
+        fail(word, launch)?;
+    }
+    // The other ranks wait here.
+    world.barrier()
+}
+
+fn fail(word: &str, launch: &Launch) -> Result<(), Error> {
+    match word {
+        "panic" => panic!("rank 1 falls"),
+        "panic-in-thread" => {
+            let _ = thread::spawn(|| panic!("rank 1 falls in a thread")).join();
+            Ok(())
+        }
+        "error" => Err(Error::SplitNumber { value: 42 }),
+        "code" => {
+            launch.fail(7, &"chosen code");
+            Ok(())
+        }
+        "abort" => Err(launch.world().abort(9, "asked to end")),
+        "exit" => std::process::exit(3),
+        "kill" => signal(Signal::KILL),
+        "stop" => signal(Signal::STOP),
+        "late" => {
+            thread::sleep(Duration::from_secs(3600));
+            Ok(())
+        }
+        "wait" => Ok(()),
+        other => panic!("unknown word {other}"),
+    }
+}
+
+fn signal(signal: Signal) -> Result<(), Error> {
+    kill_process(getpid(), signal).expect("a process may signal itself");
+    Ok(())
+}
+
+/// An error between `launch` and `run`: the job is dropped.
+fn early_return(launch: &Launch) -> Result<(), Error> {
+    launch.world().barrier()?;
+    if launch.world().rank() == 1 {
+        eprintln!("failing");
+        return Err(Error::SplitNumber { value: 42 });
+    }
+    launch.world().barrier()
+}
+
+/// What a program without our launch does: it hangs.
+fn control() -> ExitCode {
+    let universe = mpi::initialize().expect("nobody else uses MPI here");
+    let world = universe.world();
+    world.barrier();
+    if world.rank() == 1 {
+        eprintln!("failing");
+        panic!("rank 1 falls without a hook");
+    }
+    world.barrier();
+    ExitCode::SUCCESS
+}
