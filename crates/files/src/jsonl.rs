@@ -109,7 +109,12 @@ fn one_line(error: &serde_json::Error) -> String {
     let column = error.column();
     let text = error.to_string();
     let message = text.strip_suffix(&format!(" at line {} column {column}", error.line()));
-    format!("{} at column {column}", message.unwrap_or(&text))
+    let message = match message.unwrap_or(&text) {
+        // What serde_json says of a first half of a pair without its second half.
+        "unexpected end of hex escape" => "a lone surrogate, which is no character,",
+        message => message,
+    };
+    format!("{message} at column {column}")
 }
 
 impl<R: BufRead, T: DeserializeOwned> Iterator for JsonlReader<R, T> {

@@ -1,0 +1,4 @@
+//! Files of rows as a user has them.
+
+mod faults;
+mod formats;
