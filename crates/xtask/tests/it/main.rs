@@ -1,0 +1,6 @@
+//! Tests of `cargo xtask` from outside.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+mod rust_version;
+mod setup;
