@@ -16,15 +16,13 @@ use super::{
 use crate::{
     Error, Llama, Result,
     attention::causal_attention,
+    check_tokenizer,
     kv_cache::{DecodeStep, PrefillStep, SharedPrefix, SlotCache, StepRow, Storage},
 };
 
 /// Prompts are read together until they have this many tokens: enough to keep the products wide,
 /// few enough to bound the memory of a prefill.
 const PREFILL_TOKENS: usize = 2048;
-
-/// A tokenizer may lack this many ids of a model whose vocabulary was padded to a round number.
-const PADDED_VOCABULARY: i64 = 1024;
 
 /// How an [`Engine`] generates.
 #[derive(Debug, Clone, PartialEq)]
@@ -423,9 +421,5 @@ fn validate(
     if expected != got {
         return Err(Error::GroupSize { expected, got });
     }
-    let (model_size, size) = (model.config().vocab_size, tokenizer.vocab_size() as i64);
-    if size > model_size || model_size - size > PADDED_VOCABULARY.max(size / 10) {
-        return Err(Error::WrongTokenizer { tokenizer: size, model: model_size });
-    }
-    Ok(())
+    check_tokenizer(model.config(), tokenizer)
 }

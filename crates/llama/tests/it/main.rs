@@ -1,1 +1,26 @@
-//! Integration tests.
+//! Integration tests of the LLaMA core.
+
+use std::path::PathBuf;
+
+mod adapter; // PEFT adapter folders
+mod checkpoint; // checkpoint folders: read right, refused by name
+mod config; // config.json
+mod engine; // batch generation
+mod hostile; // safetensors files made to do harm
+mod inspect; // `llama inspect`
+mod merge; // adapters into their base, `llama merge`
+mod parity; // logits against golden values
+mod plan; // the split over ranks
+mod support; // models run in short
+mod tensor_parallel; // several ranks against one
+mod tiny; // checkpoints for the above
+
+/// Models and golden values that are part of the checkout.
+fn data() -> PathBuf {
+    [env!("CARGO_MANIFEST_DIR"), "tests", "data"].iter().collect()
+}
+
+/// A real LLaMA with its tokenizer.
+fn stories260k() -> PathBuf {
+    data().join("stories260k")
+}

@@ -1,0 +1,147 @@
+//! Models of the test data, and short ways to run them.
+
+use std::{
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+};
+
+use dromedary_llama::{
+    Checkpoint, Llama, LoadOptions, Weight,
+    generation::{Engine, EngineConfig, Event, FinishedRow, Request, Statistics},
+};
+use dromedary_parallel::{Communicator, ThreadCommunicator, threads};
+use dromedary_tokenizer::Tokenizer;
+use tch::Tensor;
+
+/// A folder of the test data.
+pub(crate) fn data(folder: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(folder)
+}
+
+pub(crate) fn stories() -> PathBuf {
+    data("stories260k")
+}
+
+/// SmolLM2-135M-Instruct, which is too large for the checkout.
+pub(crate) fn smollm2() -> Option<PathBuf> {
+    let dir = std::env::var_os("DROMEDARY_SMOLLM2").map(PathBuf::from);
+    if dir.is_none() {
+        let required = std::env::var("DROMEDARY_REQUIRE_TEST_DATA").is_ok_and(|value| value == "1");
+        assert!(!required, "DROMEDARY_SMOLLM2 must name the model's folder");
+        println!("skipped: DROMEDARY_SMOLLM2 does not name the model's folder");
+    }
+    dir
+}
+
+pub(crate) fn load(dir: &Path, options: &LoadOptions) -> Llama {
+    Llama::load(&Checkpoint::open(dir).unwrap(), options).unwrap()
+}
+
+/// A model on one rank of a group, and its tokenizer.
+pub(crate) struct Loaded {
+    pub(crate) model: Llama,
+    pub(crate) tokenizer: Tokenizer,
+}
+
+impl Loaded {
+    pub(crate) fn new(dir: &Path, comm: &dyn Communicator) -> Self {
+        let (tp_rank, tp) = (comm.rank(), comm.world_size());
+        let options = LoadOptions { tp_rank, tp, ..LoadOptions::default() };
+        Self { model: load(dir, &options), tokenizer: Tokenizer::open(dir).unwrap() }
+    }
+
+    pub(crate) fn engine<'a>(&'a self, comm: &'a dyn Communicator, config: EngineConfig) -> Engine<'a> {
+        Engine::new(&self.model, &self.tokenizer, comm, config).unwrap()
+    }
+}
+
+/// What a run gave, in the order in which rows ended.
+#[derive(Debug, Default)]
+pub(crate) struct Output {
+    pub(crate) finished: Vec<FinishedRow>,
+    pub(crate) rejected: Vec<(String, String)>,
+    /// The pieces of each row, joined, by id.
+    pub(crate) streamed: std::collections::BTreeMap<String, String>,
+    pub(crate) statistics: Statistics,
+}
+
+impl Output {
+    pub(crate) fn row(&self, id: &str) -> &FinishedRow {
+        self.finished.iter().find(|row| row.id == id).unwrap()
+    }
+}
+
+pub(crate) fn run(engine: &mut Engine<'_>, requests: Vec<Request>) -> Output {
+    let mut output = Output::default();
+    let mut requests = requests.into_iter();
+    let statistics = engine.run(&mut || requests.next(), &mut |event| {
+        match event {
+            Event::Token { id, text } => {
+                output.streamed.entry(id.to_owned()).or_default().push_str(text);
+            }
+            Event::Finished(row) => output.finished.push(row),
+            Event::Rejected { id, reason } => output.rejected.push((id, reason)),
+        }
+        ControlFlow::Continue(())
+    });
+    output.statistics = statistics.unwrap();
+    output
+}
+
+pub(crate) fn request(id: impl Into<String>, tokens: Vec<u32>) -> Request {
+    Request { id: id.into(), tokens, seed: 11 }
+}
+
+/// The best next tokens, each from a forward pass over the whole sequence.
+pub(crate) fn greedy_ids(
+    model: &Llama,
+    prompt: &[u32],
+    count: usize,
+    comm: &dyn Communicator,
+) -> Vec<u32> {
+    let mut ids = prompt.to_vec();
+    for _ in 0..count {
+        let logits = model.forward_logits(&ids, comm).unwrap();
+        let best = i64::try_from(logits.get(-1).argmax(0, false)).unwrap();
+        ids.push(u32::try_from(best).unwrap());
+    }
+    ids.split_off(prompt.len())
+}
+
+/// Runs `f` on every rank of a group of threads; the results are in rank order.
+pub(crate) fn on_ranks<R: Send>(tp: usize, f: impl Fn(&ThreadCommunicator) -> R + Sync) -> Vec<R> {
+    let f = &f;
+    std::thread::scope(|scope| {
+        let rank = |comm: ThreadCommunicator| {
+            scope.spawn(move || {
+                tch::set_num_threads(1);
+                f(&comm)
+            })
+        };
+        let ranks: Vec<_> = threads(tp).into_iter().map(rank).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+/// Puts the query rows into the order of another rotary convention, which is what a converter does
+/// that forgets to undo it.
+pub(crate) fn permute_queries(model: &Llama) {
+    let heads = model.heads().clone();
+    let (n_q, head_dim) = (heads.n_local_heads(), heads.head_dim);
+    for layer in model.layers() {
+        let Weight::Dense(weight) = &layer.qkv_proj.weight else { panic!("packed") };
+        let rows = n_q * head_dim;
+        let columns = weight.size()[1];
+        let q = weight.narrow(0, 0, rows);
+        let permuted =
+            q.view([n_q, head_dim / 2, 2, columns]).transpose(1, 2).reshape([rows, columns]);
+        weight.narrow(0, 0, rows).copy_(&permuted);
+    }
+}
+
+/// The largest difference as a share of the largest value wanted.
+pub(crate) fn difference(got: &Tensor, want: &Tensor) -> f64 {
+    let [got, want] = [got, want].map(|t| t.to_kind(tch::Kind::Double));
+    let largest = f64::try_from(want.abs().max()).unwrap();
+    f64::try_from((got - want).abs().max()).unwrap() / largest
+}
