@@ -43,6 +43,8 @@ mod config;
 mod error;
 mod logging;
 mod progress;
+#[cfg(doctest)]
+mod readme;
 mod run;
 mod stop;
 

@@ -39,6 +39,8 @@ mod jsonl;
 mod jsonl_append;
 mod lock;
 mod manifest;
+#[cfg(doctest)]
+mod readme;
 
 pub use atomic_dir::AtomicDir;
 pub use atomic_file::{AtomicFile, write_atomic};

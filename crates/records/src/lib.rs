@@ -38,6 +38,8 @@ mod error;
 mod ids;
 mod prompts;
 mod read;
+#[cfg(doctest)]
+mod readme;
 mod rows;
 mod write;
 
