@@ -125,7 +125,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn normalizing_twice_is_normalizing_once(args in prop::collection::vec("[-a-z_=]{0,12}", 0..6)) {
+        fn normalizing_twice_is_normalizing_once(
+            args in prop::collection::vec("[-a-z_=]{0,12}", 0..6)
+        ) {
             let once = normalize_args(args.iter().map(OsString::from));
             prop_assert_eq!(normalize_args(once.clone()), once);
         }

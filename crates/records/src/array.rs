@@ -252,9 +252,10 @@ mod tests {
         ) {
             let values: Vec<Value> =
                 texts.iter().map(|text| serde_json::json!({text: [text, {"x": text}]})).collect();
-            let text =
-                if pretty { serde_json::to_vec_pretty(&values) } else { serde_json::to_vec(&values) };
-            let read: Vec<Value> = rows(&text.unwrap(), buffer).into_iter().map(|row| row.unwrap()).collect();
+            let write = if pretty { serde_json::to_vec_pretty } else { serde_json::to_vec };
+            let text = write(&values);
+            let read: Vec<Value> =
+                rows(&text.unwrap(), buffer).into_iter().map(Result::unwrap).collect();
             prop_assert_eq!(read, values);
         }
 

@@ -68,7 +68,7 @@ fn a_full_disk_leaves_whole_rows_and_no_temporary_files() {
     let written = ids(&path);
     assert!(!written.is_empty() && written.len() < 100, "{} rows", written.len());
     assert!(fs::read(&path).unwrap().ends_with(b"}\n"));
-    assert_eq!(entries(folder.path()), [path.clone()]);
+    assert_eq!(entries(folder.path()), std::slice::from_ref(&path));
 
     let (output, stderr) = run(append(&path, 100));
     assert!(output.status.success(), "{stderr}");
