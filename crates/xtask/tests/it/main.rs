@@ -2,5 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
+mod checks;
+mod demo;
+mod machine;
 mod rust_version;
 mod setup;

@@ -1,0 +1,92 @@
+//! `test` with a cargo that only notes what it was asked for.
+
+use std::{fs, path::Path, process::Output};
+
+use crate::machine::{Machine, errors};
+
+/// A machine whose cargo succeeds, and says that tests ran.
+fn built() -> Machine {
+    let machine = Machine::ready();
+    machine.model();
+    for name in ["llama.json", "mistral.json", "smollm2.json"] {
+        machine.file(&format!("cache/tokenizers/{name}"));
+    }
+    for folder in ["configs", "dummy_data", "prompts", "examples/embed"] {
+        machine.file(&format!("checkout/{folder}/file"));
+    }
+    let metadata = format!(r#"{{"target_directory": "{}"}}"#, machine.path("target").display());
+    machine.program(
+        "cargo",
+        &format!(
+            r#"[ "$1" = metadata ] && echo '{metadata}' && exit
+               [ "$1" = --version ] && exit
+               echo "$1 soak=$DROMEDARY_SOAK ${{DROMEDARY_SMOLLM2##*/}} ${{DROMEDARY_TOKENIZERS##*/}}" >> {calls}
+               [ "$1" = "$FAILS" ] && exit 101
+               [ "$1" != test ] || echo "test result: ok. 41 passed; 0 failed; 0 ignored""#,
+            calls = machine.calls()
+        ),
+    );
+    machine.program("npm", "exit 0");
+    machine.program("../target/release/llama", "echo \"llama $* in $(ls | tr '\\n' ' ')\"");
+    let readme = "```sh ci\nllama inspect \"$(basename $MODEL)\"\n```\n```sh\nfalse\n```\n";
+    fs::write(machine.path("checkout/README.md"), readme).unwrap();
+    machine
+}
+
+fn test(machine: &Machine, arguments: &[&str], fails: &str) -> Output {
+    let path = format!("{}:/usr/bin:/bin", machine.path("bin").display());
+    let variables = [("PATH", Path::new(&path)), ("FAILS", Path::new(fails))];
+    machine.xtask(&[&["test"], arguments].concat(), &variables)
+}
+
+#[test]
+fn every_check_is_run_and_counted() {
+    let machine = built();
+    let output = test(&machine, &["--yes"], "");
+    assert!(output.status.success(), "{}", errors(&output));
+    let model = "smollm2-135m-instruct tokenizers";
+    let expected = format!(
+        "fmt soak=  \nclippy soak=  \ndoc soak=  \nbuild soak=  \ntest soak= {model}\nrun soak=  \n"
+    );
+    assert_eq!(machine.called(), expected);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.contains("llama inspect smollm2-135m-instruct in configs dummy_data prompts"));
+    assert!(text.ends_with("\nTests: 42 passed, 0 failed, 0 skipped\n"), "{text}");
+}
+
+#[test]
+fn soak_reaches_the_tests() {
+    let machine = built();
+    assert!(test(&machine, &["--soak"], "").status.success());
+    assert!(machine.called().contains("test soak=1"), "{}", machine.called());
+}
+
+#[test]
+fn the_first_failing_check_ends_the_run() {
+    for (fails, name) in [
+        ("fmt", "format failed"),
+        ("clippy", "lints failed"),
+        ("doc", "documentation failed"),
+        ("build", "build failed"),
+        ("test", "tests failed"),
+        ("run", "examples/embed failed"),
+    ] {
+        let machine = built();
+        let output = test(&machine, &[], fails);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(errors(&output).contains(name), "{fails}: {}", errors(&output));
+        assert!(machine.called().lines().last().unwrap().starts_with(fails));
+    }
+}
+
+#[test]
+fn failing_commands_of_the_readme_are_named_by_their_line() {
+    let machine = built();
+    fs::write(machine.path("checkout/README.md"), "a\n```sh ci\nllama x\nfalse\n```\n").unwrap();
+    let output = test(&machine, &[], "");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(errors(&output).contains("README.md:3"), "{}", errors(&output));
+    fs::write(machine.path("checkout/README.md"), "no commands\n").unwrap();
+    let output = test(&machine, &[], "");
+    assert!(errors(&output).contains("no block marked `sh ci`"), "{}", errors(&output));
+}
