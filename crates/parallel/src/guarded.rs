@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use tch::Tensor;
 
 use crate::roll_call::RollCall;
+use crate::stderr::say;
 use crate::{AbortHandle, Communicator, Error, Result};
 
 /// Exit code of a job that its watchdog ended.
@@ -211,10 +212,10 @@ impl Shared {
     /// Says where this rank waits, and whether it still does after the others had time to say so.
     fn is_stuck(&self, number: u64, operation: &str) -> bool {
         let others = self.roll_call.as_ref().map(RollCall::report).unwrap_or_default();
-        eprintln!(
+        say(&format!(
             "{}: no answer in collective {number} ({operation}); last collective by rank: {others}",
             self.name
-        );
+        ));
         thread::sleep(GRACE);
         let state = self.state();
         state.number == number && state.inside.is_some()

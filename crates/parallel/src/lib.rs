@@ -34,6 +34,7 @@ mod mpi_buffers;
 mod mpi_communicator;
 mod roll_call;
 mod single;
+mod stderr;
 mod threads;
 
 pub use communicator::{AbortHandle, Communicator, check_agreement};

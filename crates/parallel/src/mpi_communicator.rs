@@ -8,6 +8,7 @@ use tch::Tensor;
 
 use crate::communicator::check_root;
 use crate::mpi_buffers::{self, Group, Reduction};
+use crate::stderr::say;
 use crate::{AbortHandle, Communicator, Error, Result, host};
 
 /// A group of MPI processes; [`launch`](crate::launch) makes the one of all ranks.
@@ -154,8 +155,7 @@ impl Communicator for Mpi {
 
 /// Prints the reason and ends all ranks; does not return.
 pub(crate) fn end_job(rank: usize, code: i32, message: &str) -> ! {
-    // To stderr itself: a subscriber of traces may be absent, or be what panics.
-    eprintln!("rank {rank}: {message}; ending all ranks");
+    say(&format!("rank {rank}: {message}; ending all ranks"));
     // MPI_Abort from one thread may wait for a lock that another one holds in a collective.
     // Where it does, the launcher sees this process die, and ends the others.
     thread::spawn(|| {

@@ -3,6 +3,7 @@
 use tch::Tensor;
 
 use crate::communicator::check_root;
+use crate::stderr::say;
 use crate::{AbortHandle, Communicator, Result, host};
 
 /// A group of one rank: every collective is the identity.
@@ -53,7 +54,7 @@ impl Communicator for SingleProcess {
 
     fn abort_handle(&self) -> AbortHandle {
         AbortHandle::new(|code, message| {
-            eprintln!("{message}");
+            say(message);
             std::process::exit(code);
         })
     }

@@ -9,7 +9,7 @@ const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
 const LONG: i64 = (20 << 20) / 4 + 3;
 
 /// Checks all of it on one rank; panics with what is wrong.
-pub fn check(world: &dyn Communicator) {
+pub(crate) fn check(world: &dyn Communicator) {
     sums_of_every_kind(world);
     maxima(world);
     layouts(world);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-pub const PROGRAM: &str = env!("CARGO_BIN_EXE_parallel-ranks");
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_parallel-ranks");
 
 /// Time for mpirun to start, which on a busy machine is most of a job's.
 const START: Duration = Duration::from_secs(120);
@@ -17,19 +17,19 @@ const START: Duration = Duration::from_secs(120);
 static ONE_JOB: Mutex<()> = Mutex::new(());
 
 /// A job under mpirun, or a process alone.
-pub struct Job {
+pub(crate) struct Job {
     child: Child,
     lines: Receiver<String>,
     /// What the ranks have said so far.
-    pub said: Vec<String>,
+    pub(crate) said: Vec<String>,
     _alone: MutexGuard<'static, ()>,
 }
 
 /// How a job ended.
-pub struct End {
+pub(crate) struct End {
     /// None where it had to be killed at its deadline.
-    pub status: Option<ExitStatus>,
-    pub said: String,
+    pub(crate) status: Option<ExitStatus>,
+    pub(crate) said: String,
     pids: Vec<Pid>,
 }
 
@@ -44,7 +44,7 @@ fn without_launcher(command: &mut Command) {
 }
 
 /// `mpirun -n RANKS parallel-ranks WORD`.
-pub fn mpirun(ranks: usize, word: &str, variables: &[(&str, &str)]) -> Job {
+pub(crate) fn mpirun(ranks: usize, word: &str, variables: &[(&str, &str)]) -> Job {
     let mut command = Command::new("mpirun");
     command.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n"]);
     command.arg(ranks.to_string()).arg(PROGRAM).arg(word);
@@ -52,7 +52,7 @@ pub fn mpirun(ranks: usize, word: &str, variables: &[(&str, &str)]) -> Job {
 }
 
 /// The program by itself.
-pub fn alone(word: &str, variables: &[(&str, &str)]) -> Job {
+pub(crate) fn alone(word: &str, variables: &[(&str, &str)]) -> Job {
     let mut command = Command::new(PROGRAM);
     command.arg(word);
     start(command, variables)
@@ -80,7 +80,7 @@ fn start(mut command: Command, variables: &[(&str, &str)]) -> Job {
 
 impl Job {
     /// Reads on until `count` lines contain `text`.
-    pub fn until_said(&mut self, text: &str, count: usize) {
+    pub(crate) fn until_said(&mut self, text: &str, count: usize) {
         let deadline = Instant::now() + START;
         while self.said.iter().filter(|line| line.contains(text)).count() < count {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -95,18 +95,18 @@ impl Job {
     }
 
     /// The processes of the ranks.
-    pub fn pids(&self) -> Vec<Pid> {
+    pub(crate) fn pids(&self) -> Vec<Pid> {
         let numbers = self.said.iter().filter_map(|line| line.strip_prefix("pid "));
         numbers.map(|number| Pid::from_raw(number.parse().unwrap()).unwrap()).collect()
     }
 
     /// The process that was started: mpirun, or the program alone.
-    pub fn launcher(&self) -> Pid {
+    pub(crate) fn launcher(&self) -> Pid {
         Pid::from_child(&self.child)
     }
 
     /// Waits for the end, at most this long, and kills what is left then.
-    pub fn end(mut self, limit: Duration) -> End {
+    pub(crate) fn end(mut self, limit: Duration) -> End {
         let deadline = Instant::now() + limit;
         let mut status = None;
         while status.is_none() && Instant::now() < deadline {
@@ -120,7 +120,7 @@ impl Job {
         End { status, said: self.said.join("\n"), pids: self.pids() }
     }
 
-    pub fn finish(self) -> End {
+    pub(crate) fn finish(self) -> End {
         self.end(START)
     }
 
@@ -148,28 +148,28 @@ impl Job {
 
 impl End {
     #[track_caller]
-    pub fn assert_success(&self) -> &Self {
+    pub(crate) fn assert_success(&self) -> &Self {
         let success = self.status.is_some_and(|status| status.success());
         assert!(success, "ended with {:?}:\n{}", self.status, self.said);
         self
     }
 
     #[track_caller]
-    pub fn assert_code(&self, code: i32) -> &Self {
+    pub(crate) fn assert_code(&self, code: i32) -> &Self {
         let got = self.status.and_then(|status| status.code());
         assert_eq!(got, Some(code), "said:\n{}", self.said);
         self
     }
 
     #[track_caller]
-    pub fn assert_said(&self, text: &str) -> &Self {
+    pub(crate) fn assert_said(&self, text: &str) -> &Self {
         assert!(self.said.contains(text), "`{text}` was not said:\n{}", self.said);
         self
     }
 
     /// No rank outlives its launcher by more than a few seconds.
     #[track_caller]
-    pub fn assert_nothing_left(&self, ranks: usize) -> &Self {
+    pub(crate) fn assert_nothing_left(&self, ranks: usize) -> &Self {
         assert_eq!(self.pids.len(), ranks, "every rank said its number:\n{}", self.said);
         let deadline = Instant::now() + Duration::from_secs(10);
         let left = || self.pids.iter().filter(|pid| is_running(**pid)).collect::<Vec<_>>();

@@ -1,5 +1,6 @@
 //! What the tests start as ranks: the contract, and every way to fail while others wait.
 
+use std::io::{self, Write as _};
 use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
@@ -14,7 +15,7 @@ mod contract;
 fn main() -> ExitCode {
     let word = std::env::args().nth(1).unwrap_or_default();
     // So that the tests can see that no process is left.
-    eprintln!("pid {}", std::process::id());
+    say(&format!("pid {}", std::process::id()));
     let result = match word.as_str() {
         "control" => return control(),
         "refused" => launch().map(drop),
@@ -23,10 +24,15 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            say(&format!("error: {error}"));
             ExitCode::FAILURE
         }
     }
+}
+
+/// In one write: ranks share a pipe.
+fn say(line: &str) {
+    io::stderr().write_all(format!("{line}\n").as_bytes()).expect("the tests read it");
 }
 
 fn joined(word: &str) -> Result<(), Error> {
@@ -42,18 +48,18 @@ fn work(word: &str, launch: &Launch) -> Result<(), Error> {
     let world = launch.world();
     if word == "contract" {
         contract::check(world);
-        eprintln!(
+        say(&format!(
             "rank {} of {} kept the contract, local rank {}, mpi {}",
             world.rank(),
             world.world_size(),
             launch.local_rank(),
             mpi::is_initialized()
-        );
+        ));
         return Ok(());
     }
     world.barrier()?;
     if world.rank() == 1 {
-        eprintln!("failing");
+        say("failing");
         fail(word, launch)?;
     }
     // The other ranks wait here.
@@ -94,7 +100,7 @@ fn signal(signal: Signal) -> Result<(), Error> {
 fn early_return(launch: &Launch) -> Result<(), Error> {
     launch.world().barrier()?;
     if launch.world().rank() == 1 {
-        eprintln!("failing");
+        say("failing");
         return Err(Error::SplitNumber { value: 42 });
     }
     launch.world().barrier()
@@ -106,7 +112,7 @@ fn control() -> ExitCode {
     let world = universe.world();
     world.barrier();
     if world.rank() == 1 {
-        eprintln!("failing");
+        say("failing");
         panic!("rank 1 falls without a hook");
     }
     world.barrier();
