@@ -9,7 +9,7 @@ use std::{
 use dromedary_files::{AtomicDir, Manifest};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::{
     checkpoint::{Dtype, SafetensorsFile, SafetensorsWriter, TensorSpec, linear_shapes},
@@ -436,13 +436,4 @@ fn is_set(value: &Value) -> bool {
         Value::Object(values) => !values.is_empty(),
         _ => true,
     }
-}
-
-/// The product that the adapter adds to rows of a weight: `scaling * B[rows] A`, in f32.
-///
-/// # Shapes
-/// B: (rows, r), A: (r, in), result: (rows, in).
-pub(crate) fn delta(lora_b: &Tensor, lora_a: &Tensor, scaling: f64) -> Result<Tensor> {
-    let b = lora_b.f_to_kind(Kind::Float)?.f_mul_scalar(scaling)?;
-    Ok(b.f_matmul(&lora_a.f_to_kind(Kind::Float)?)?) // (rows, in)
 }

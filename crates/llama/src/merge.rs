@@ -1,18 +1,20 @@
 //! An adapter added into its base, block by block.
 
-use std::{ops::ControlFlow, path::PathBuf};
+use std::{
+    ops::{ControlFlow, Range},
+    path::PathBuf,
+};
 
 use tch::{Kind, Tensor};
 
 use crate::{
-    adapter::{AdapterFile, LoraPair, delta},
+    adapter::{AdapterFile, LoraPair},
     checkpoint::{Checkpoint, CheckpointWriter, TensorSpec},
     error::{Error, Result},
 };
 
-/// Bytes of a weight in memory at once; its f32 copy and the product beside it are twice as large
-/// each for 16-bit weights.
-const BLOCK: usize = 16 << 20;
+/// Bytes of a weight in memory at once; for 16-bit weights the f32 sum beside it has twice as many.
+const BLOCK: usize = 8 << 20;
 
 /// What is merged, and where to.
 #[derive(Debug, Clone)]
@@ -39,15 +41,15 @@ pub struct MergeReport {
 }
 
 /// Writes the base with `W + scaling * B A` in place of each adapted weight `W`: added in f32,
-/// stored in the base's type. `progress` gets the
-/// number of bytes after each block, and may stop the merge.
+/// stored in the base's type. `progress` gets the number of bytes after each block, and may stop
+/// the merge.
 ///
 /// The output folder appears when it is complete. Memory stays small whatever the model's size.
 ///
 /// # Errors
-/// An adapter that does not fit the base ([`Error::AdapterShape`](crate::Error::AdapterShape) names
-/// both shapes) before anything is written; [`Error::Interrupted`](crate::Error::Interrupted) where
-/// `progress` says so; what reading, writing and publishing can meet.
+/// An adapter that does not fit the base ([`Error::AdapterShape`] names both shapes) before
+/// anything is written; [`Error::Interrupted`] where `progress` says so; what reading, writing and
+/// publishing can meet.
 pub fn merge(
     options: &MergeOptions,
     progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
@@ -61,22 +63,12 @@ pub fn merge(
     let order = writer.order().to_vec();
     let mut report = MergeReport { tensors: order.len(), merged: 0, bytes: 0 };
     for TensorSpec { name, dtype, .. } in &order {
-        let lora = match name.strip_suffix(".weight").filter(|module| adapter.has(module)) {
-            Some(module) => Some(adapter.read(module)?),
-            None => None,
-        };
+        let module = name.strip_suffix(".weight").filter(|module| adapter.has(module));
+        let lora = module.map(|module| adapter.read(module)).transpose()?;
         for block in base.read_blocks(name, BLOCK)? {
             let (rows, weight) = block?;
             let block = match &lora {
-                Some(lora) => {
-                    let b = lora.lora_b.f_narrow(0, rows.start, rows.end - rows.start)?;
-                    merged(
-                        &weight,
-                        &LoraPair { lora_a: lora.lora_a.shallow_clone(), lora_b: b },
-                        adapter.config().scaling(),
-                        dtype.kind(),
-                    )?
-                }
+                Some(lora) => add(&weight, lora, &rows, adapter.config().scaling())?,
                 None => weight,
             };
             writer.append(name, &block)?;
@@ -93,9 +85,11 @@ pub fn merge(
 }
 
 /// Rows of a weight with the adapter's product added, in the kind in which they are stored.
-fn merged(weight: &Tensor, lora: &LoraPair, scaling: f64, kind: Kind) -> Result<Tensor> {
-    let sum = weight.f_to_kind(Kind::Float)?.f_add(&delta(&lora.lora_b, &lora.lora_a, scaling)?)?;
-    Ok(sum.f_to_kind(kind)?)
+fn add(weight: &Tensor, lora: &LoraPair, rows: &Range<i64>, scaling: f64) -> Result<Tensor> {
+    let lora_b = lora.lora_b.f_narrow(0, rows.start, rows.end - rows.start)?; // (rows, r)
+    let lora_b = lora_b.f_to_kind(Kind::Float)?.f_mul_scalar(scaling)?;
+    let mut sum = lora_b.f_matmul(&lora.lora_a.f_to_kind(Kind::Float)?)?; // (rows, in)
+    Ok(sum.f_add_(weight)?.f_to_kind(weight.f_kind()?)?)
 }
 
 fn specs_of(base: &Checkpoint) -> Result<Vec<TensorSpec>> {
