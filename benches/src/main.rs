@@ -1,3 +1,47 @@
-//! Entry point.
+//! Speed of the product's own paths; `cargo xtask bench NAME` runs it.
+//!
+//! Each bench prints rows for the table in `README.md` of this folder.
 
-fn main() {}
+#![allow(clippy::print_stdout, reason = "the printed rows are what a bench makes")]
+
+mod decode;
+mod machine;
+mod train;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+
+/// Benches of the product's own paths.
+#[derive(Parser)]
+struct Cli {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// Decode tokens/s behind a long shared prefix, and the prefix's prefill.
+    Decode(decode::DecodeArgs),
+    /// LoRA training tokens/s and memory on one fixed random batch.
+    Train(train::TrainArgs),
+}
+
+/// What all benches take.
+#[derive(Args)]
+struct ModelArgs {
+    /// Model folder.
+    #[arg(long, env = "DROMEDARY_SMOLLM2", value_name = "DIR")]
+    checkpoint: PathBuf,
+    /// Threads of libtorch.
+    #[arg(long, default_value_t = machine::cores(), value_name = "N")]
+    threads: i32,
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().bench {
+        Bench::Decode(args) => decode::run(&args),
+        Bench::Train(args) => train::run(&args),
+    }
+}

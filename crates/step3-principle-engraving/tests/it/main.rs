@@ -1,1 +1,6 @@
-//! Integration tests.
+//! Integration tests of step 3.
+
+mod commands; // the program as a user runs it, interruptions included
+mod goldens; // PEFT's gradients and losses
+mod gradients; // half-blocks and head against one whole graph
+mod support; // a small real model and rows to train on

@@ -1,0 +1,87 @@
+//! Generation behind a long prefix, as step 2 does it.
+
+use std::{ops::ControlFlow, time::Instant};
+
+use anyhow::{Result, ensure};
+use clap::Args;
+use dromedary_llama::{
+    Checkpoint, Engine, EngineConfig, Event, Llama, LoadOptions, Request, Sampling, Statistics,
+};
+use dromedary_parallel::SingleProcess;
+use dromedary_tokenizer::Tokenizer;
+use rand::{Rng, SeedableRng, rngs::StdRng};
+
+use crate::{ModelArgs, machine};
+
+/// Arguments of the bench.
+#[derive(Args)]
+pub(crate) struct DecodeArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Rows at once; several values are measured one after the other.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 8, 32])]
+    batch: Vec<usize>,
+    /// Tokens of the shared prefix.
+    #[arg(long, default_value_t = 2512)]
+    prefix: usize,
+    /// Tokens of each row behind the prefix.
+    #[arg(long, default_value_t = 16)]
+    suffix: usize,
+    /// Tokens that each row generates.
+    #[arg(long, default_value_t = 64)]
+    new: usize,
+}
+
+pub(crate) fn run(args: &DecodeArgs) -> Result<()> {
+    tch::set_num_threads(args.model.threads);
+    let checkpoint = Checkpoint::open(&args.model.checkpoint)?;
+    let tokenizer = Tokenizer::open(&args.model.checkpoint)?;
+    let model = Llama::load(&checkpoint, &LoadOptions::default())?;
+    let bound = machine::compute_bound()?;
+    println!("compute bound: {bound:.0?} GFLOP/s");
+    for &batch in &args.batch {
+        decode(args, batch, &model, &tokenizer)?;
+    }
+    Ok(())
+}
+
+fn decode(args: &DecodeArgs, batch: usize, model: &Llama, tokenizer: &Tokenizer) -> Result<()> {
+    let config = EngineConfig {
+        max_batch_size: batch,
+        max_seq_len: args.suffix + args.new,
+        max_gen_len: args.new,
+        sampling: Sampling { temperature: 0.7, top_p: 0.95, ..Sampling::default() },
+        // Random text would end at random points: no row may stop early here.
+        stop_strings: Vec::new(),
+        eos_token_ids: Vec::new(),
+    };
+    let mut engine = Engine::new(model, tokenizer, &SingleProcess, config)?;
+    let mut rng = StdRng::seed_from_u64(0);
+    let vocab_size = model.config().vocab_size as u32;
+    let mut random = |length| (0..length).map(|_| rng.random_range(3..vocab_size)).collect();
+    let prefix: Vec<u32> = random(args.prefix);
+    let start = Instant::now();
+    engine.pin_prefix(&prefix)?;
+    let prefix_seconds = start.elapsed().as_secs_f64();
+
+    let mut requests = (0..batch).map(|row| {
+        let suffix: Vec<u32> = random(args.suffix);
+        Request { id: row.to_string(), tokens: [&prefix[..], &suffix].concat(), seed: 0 }
+    });
+    let statistics = engine.run(&mut || requests.next(), &mut |event| match event {
+        Event::Rejected { .. } => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    })?;
+    ensure!(statistics.finished == batch as u64, "not all rows ended: {statistics:?}");
+    report(args, batch, prefix_seconds, &statistics)
+}
+
+fn report(args: &DecodeArgs, batch: usize, prefix_seconds: f64, of: &Statistics) -> Result<()> {
+    println!(
+        "| decode, batch {batch} | {:.1} tokens/s | prefix {:.0} tokens/s | peak {} MB |",
+        of.decode_tokens as f64 / of.decode_seconds,
+        args.prefix as f64 / prefix_seconds,
+        machine::rss_mb()?.1
+    );
+    Ok(())
+}

@@ -1,0 +1,187 @@
+//! What the user types.
+
+use std::path::PathBuf;
+
+use dromedary_command::boolean;
+use serde::{Deserialize, Serialize};
+
+use crate::schedule::ScheduleType;
+
+/// Fine-tune the base model on the aligned answers, with the principles pruned away.
+///
+/// Reads the rows that step 2 merged (a JSON array or JSONL of instruction, input, output and
+/// example_id), puts a short system prompt before each in place of the principles, and trains LoRA
+/// adapters on all linear layers except the head. Writes checkpoints and `adapter/` in PEFT's format
+/// under --output-dir; run it again after an interruption and it goes on from the last checkpoint.
+#[derive(Clone, Debug, Default, clap::Args, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TrainArgs {
+    /// Base model: a folder with config.json, safetensors and tokenizer.
+    #[arg(long, alias = "model-name-or-path", alias = "ckpt-dir", value_name = "DIR")]
+    pub checkpoint: Option<PathBuf>,
+    /// Tokenizer file or folder [default: the checkpoint's].
+    #[arg(long, alias = "tokenizer-path", alias = "tokenizer-name", value_name = "PATH")]
+    pub tokenizer: Option<PathBuf>,
+    /// Rows to train on: JSON array or JSONL, also .gz and .zst.
+    #[arg(long, value_name = "FILE")]
+    pub dataset: Option<PathBuf>,
+    /// Form of the rows [default: dromedary].
+    #[arg(long, value_name = "NAME")]
+    pub dataset_format: Option<DatasetFormat>,
+    /// Glob of the short system prompts, one of which each row gets by its example_id.
+    #[arg(long, value_name = "GLOB")]
+    pub meta_prompt_pattern: Option<String>,
+    /// Folder for checkpoints, metrics and the adapter.
+    #[arg(long, value_name = "DIR")]
+    pub output_dir: Option<PathBuf>,
+    /// Where to start: `auto` (the newest checkpoint of --output-dir, else from the beginning),
+    /// `never`, or a checkpoint folder [default: auto].
+    #[arg(long, alias = "resume-dir", value_name = "auto|never|DIR")]
+    pub resume: Option<String>,
+    /// Dromedary's switch for --resume: True is `auto`, False is `never`.
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean,
+        conflicts_with = "resume")]
+    pub resume_from_training: Option<bool>,
+
+    /// Tokens of a source; longer ones lose their beginning [default: 1024].
+    #[arg(long, value_name = "TOKENS")]
+    pub source_max_len: Option<usize>,
+    /// Tokens of a target; longer ones lose their end [default: 256].
+    #[arg(long, value_name = "TOKENS")]
+    pub target_max_len: Option<usize>,
+    /// Use the first rows only.
+    #[arg(long, value_name = "ROWS")]
+    pub max_train_samples: Option<usize>,
+    /// Learn the source's tokens too [default: false].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
+    pub train_on_source: Option<bool>,
+    /// End each complete target with EOS [default: true].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
+    pub add_eos_to_target: Option<bool>,
+    /// Leave rows out that have no target token, instead of refusing them [default: false].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
+    pub drop_empty: Option<bool>,
+
+    /// Rank of the adapters [default: 64].
+    #[arg(long, value_name = "R")]
+    pub lora_r: Option<i64>,
+    /// Scale of the adapters: their product is multiplied by alpha / r [default: 16].
+    #[arg(long, value_name = "ALPHA")]
+    pub lora_alpha: Option<f64>,
+    /// Dropout before the adapters; only 0 is built in [default: 0].
+    #[arg(long, value_name = "P")]
+    pub lora_dropout: Option<f64>,
+    /// Layers that get adapters: `all`, or names such as q_proj,v_proj [default: all].
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub lora_modules: Vec<String>,
+    /// Train all weights instead of adapters; only false is built in [default: false].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
+    pub full_finetune: Option<bool>,
+    /// Bits of the frozen weights. They are held in --dtype; 4 and 8 are accepted with a warning,
+    /// so that command lines of QLoRA run [default: 16].
+    #[arg(long, value_name = "BITS")]
+    pub bits: Option<u8>,
+
+    /// Rows of a micro-batch [default: 1].
+    #[arg(long, value_name = "ROWS")]
+    pub per_device_train_batch_size: Option<usize>,
+    /// Micro-batches of an optimizer step [default: 16].
+    #[arg(long, value_name = "N")]
+    pub gradient_accumulation_steps: Option<usize>,
+    /// Passes over the rows [default: 1].
+    #[arg(long, value_name = "N")]
+    pub num_train_epochs: Option<f64>,
+    /// Optimizer steps; wins over --num-train-epochs.
+    #[arg(long, value_name = "N")]
+    pub max_steps: Option<i64>,
+    /// Put rows of similar length into a batch [default: false].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
+    pub group_by_length: Option<bool>,
+    /// Highest learning rate [default: 1e-4].
+    #[arg(long, value_name = "RATE")]
+    pub learning_rate: Option<f64>,
+    /// Shape of the learning rate after warm-up [default: cosine].
+    #[arg(long, value_name = "SHAPE")]
+    pub lr_scheduler_type: Option<ScheduleType>,
+    /// Share of the steps that warm up [default: 0.03].
+    #[arg(long, value_name = "RATIO")]
+    pub warmup_ratio: Option<f64>,
+    /// Decoupled weight decay of AdamW [default: 0].
+    #[arg(long, value_name = "DECAY")]
+    pub weight_decay: Option<f64>,
+    /// Global norm that gradients are clipped to, 0 for no clipping [default: 0.3].
+    #[arg(long, value_name = "NORM")]
+    pub max_grad_norm: Option<f64>,
+    /// Compute each half-block twice instead of keeping its activations [default: true].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
+    pub gradient_checkpointing: Option<bool>,
+    /// Seed of the adapters and of the order of the rows [default: 42].
+    #[arg(long, value_name = "SEED")]
+    pub seed: Option<u64>,
+
+    /// Steps between log lines [default: 5].
+    #[arg(long, value_name = "STEPS")]
+    pub logging_steps: Option<u64>,
+    /// Steps between checkpoints [default: 500].
+    #[arg(long, value_name = "STEPS")]
+    pub save_steps: Option<u64>,
+    /// Checkpoints that are kept, at least 2 [default: 3].
+    #[arg(long, value_name = "N")]
+    pub save_total_limit: Option<usize>,
+
+    /// Where to compute: auto, cpu, cuda or cuda:N [default: auto].
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
+    /// Kind of the frozen weights: auto, f32, bf16 or f16; the adapters are f32 [default: auto].
+    #[arg(long, value_name = "KIND")]
+    pub dtype: Option<String>,
+    /// Dromedary's switch for --dtype bf16; a CPU computes in f32 all the same.
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
+    pub bf16: Option<bool>,
+    /// Dromedary's switch for --dtype f16; a CPU computes in f32 all the same.
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
+    pub fp16: Option<bool>,
+    /// Threads of libtorch [default: all cores].
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+
+    /// Flags that are accepted and do nothing.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub ignored: IgnoredTrainArgs,
+}
+
+/// Flags of Dromedary's launch scripts that belong to libraries we do not use.
+#[derive(Clone, Debug, Default, clap::Args, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs, reason = "hidden flags without a meaning")]
+pub struct IgnoredTrainArgs {
+    #[arg(long, hide = true)]
+    pub double_quant: Option<String>,
+    #[arg(long, hide = true)]
+    pub quant_type: Option<String>,
+    #[arg(long, hide = true)]
+    pub optim: Option<String>,
+    #[arg(long, hide = true)]
+    pub evaluation_strategy: Option<String>,
+    #[arg(long, hide = true)]
+    pub save_strategy: Option<String>,
+    #[arg(long, hide = true)]
+    pub report_to: Option<String>,
+    #[arg(long, hide = true)]
+    pub ddp_backend: Option<String>,
+    #[arg(long, hide = true)]
+    pub ddp_find_unused_parameters: Option<String>,
+    #[arg(long, hide = true)]
+    pub eval_dataset_size: Option<String>,
+    #[arg(long, hide = true)]
+    pub max_eval_samples: Option<String>,
+}
+
+/// Form of the rows of a data set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum DatasetFormat {
+    /// Rows of step 2, in the form of `prompts/dromedary_*_prompt_distill.txt`.
+    Dromedary,
+}

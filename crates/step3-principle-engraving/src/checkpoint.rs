@@ -1,0 +1,200 @@
+//! Training checkpoints: a folder that exists under its name is complete.
+//!
+//! `checkpoint-<step>/` holds the adapter in PEFT's format (the values, in f32), `optimizer.safetensors`
+//! (both moments, one entry a matrix), `trainer_state.json` and, written last, a manifest with sizes
+//! and hashes. The order of the rows and the learning rate are functions of the step, so there is
+//! no other state.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use dromedary_files::{AtomicDir, Manifest};
+use dromedary_llama::Adapter;
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use crate::{
+    error::{Error, Result},
+    trained::Trained,
+};
+
+const PREFIX: &str = "checkpoint-";
+const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+const STATE_FILE: &str = "trainer_state.json";
+/// PyTorch's names for the first and the second moment.
+const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
+
+/// What a checkpoint says of the run besides tensors.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct TrainerState {
+    /// Optimizer steps done, skipped ones included.
+    pub step: u64,
+    /// Updates done.
+    pub updates: u64,
+    /// Hash of everything that the following steps depend on.
+    pub config_hash: String,
+}
+
+/// Writes `checkpoint-<step>` under `output_dir`.
+///
+/// # Errors
+/// If the disk is full or not writable; nothing is left under the checkpoint's name then.
+pub(crate) fn save(output_dir: &Path, trained: &Trained, state: &TrainerState) -> Result<PathBuf> {
+    let path = output_dir.join(format!("{PREFIX}{}", state.step));
+    let dir = AtomicDir::replace_existing(&path)?;
+    trained.adapter().write_into(dir.path())?;
+    write_moments(&dir.path().join(OPTIMIZER_FILE), trained)?;
+    let text = serde_json::to_vec_pretty(state)
+        .map_err(|error| damaged(&path, format!("state: {error}")))?;
+    dromedary_files::write_atomic(dir.path().join(STATE_FILE), &text)?;
+    let manifest = Manifest::of_dir(dir.path())?;
+    dir.commit(&manifest)?;
+    Ok(path)
+}
+
+/// Reads a checkpoint into `trained` and returns the number of steps done.
+///
+/// # Errors
+/// If a file is missing, damaged or of another run; the file or the difference is named.
+pub(crate) fn load(path: &Path, trained: &mut Trained, config_hash: &str) -> Result<u64> {
+    verify(path)?;
+    let state = read_state(path)?;
+    if state.config_hash != config_hash {
+        return Err(damaged(
+            path,
+            format!(
+                "it belongs to a run with other settings or data (hash {}, this run has {config_hash}); \
+                 give another --output-dir, or --resume never",
+                state.config_hash
+            ),
+        ));
+    }
+    let adapter = Adapter::open(path)?;
+    let bytes = read(&path.join(OPTIMIZER_FILE))?;
+    let file = SafeTensors::deserialize(&bytes)
+        .map_err(|error| damaged(path, format!("{OPTIMIZER_FILE}: {error}")))?;
+    let states = trained
+        .optimizer
+        .entries()
+        .iter()
+        .map(|entry| {
+            let value = value_of(&adapter, &entry.name)
+                .ok_or_else(|| damaged(path, format!("the adapter lacks {}", entry.name)))?;
+            let moment = |kind: &str| read_tensor(&file, &format!("{}.{kind}", entry.name), path);
+            Ok([value, moment(MOMENTS[0])?, moment(MOMENTS[1])?])
+        })
+        .collect::<Result<Vec<_>>>()?;
+    trained.optimizer.restore(&states, state.updates)?;
+    Ok(state.step)
+}
+
+/// The newest checkpoint of `output_dir` that is whole. Damaged ones are reported and passed over.
+///
+/// # Errors
+/// If there are checkpoints and none is whole: starting anew would hide the loss.
+pub(crate) fn newest(output_dir: &Path) -> Result<Option<PathBuf>> {
+    let mut last_error = None;
+    for path in list(output_dir)?.into_iter().rev() {
+        match verify(&path) {
+            Ok(()) => return Ok(Some(path)),
+            Err(error) => {
+                tracing::warn!("{error}; trying the one before");
+                last_error = Some(error);
+            }
+        }
+    }
+    last_error.map_or(Ok(None), Err)
+}
+
+/// Removes the oldest checkpoints until `keep` are left.
+///
+/// # Errors
+/// If a folder cannot be removed.
+pub(crate) fn rotate(output_dir: &Path, keep: usize) -> Result<()> {
+    let paths = list(output_dir)?;
+    for path in &paths[..paths.len().saturating_sub(keep)] {
+        // Renamed first: a kill in the middle must not leave half a checkpoint under its name.
+        let trash = path.with_extension("trash");
+        let io = |source| Error::Io { path: path.clone(), source };
+        fs::rename(path, &trash).map_err(io)?;
+        fs::remove_dir_all(&trash).map_err(io)?;
+    }
+    Ok(())
+}
+
+/// Checkpoint folders by step, oldest first.
+fn list(output_dir: &Path) -> Result<Vec<PathBuf>> {
+    let io = |source| Error::Io { path: output_dir.to_owned(), source };
+    let mut found = Vec::new();
+    for entry in fs::read_dir(output_dir).map_err(io)? {
+        let entry = entry.map_err(io)?;
+        let name = entry.file_name();
+        let step = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.parse::<u64>().ok());
+        found.extend(step.map(|step| (step, entry.path())));
+    }
+    found.sort();
+    Ok(found.into_iter().map(|(_, path)| path).collect())
+}
+
+fn verify(path: &Path) -> Result<()> {
+    let manifest = Manifest::read(path)?;
+    Ok(manifest.verify(path)?)
+}
+
+fn read_state(path: &Path) -> Result<TrainerState> {
+    serde_json::from_slice(&read(&path.join(STATE_FILE))?)
+        .map_err(|error| damaged(path, format!("{STATE_FILE}: {error}")))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).map_err(|source| Error::Io { path: path.to_owned(), source })
+}
+
+fn damaged(path: &Path, message: String) -> Error {
+    Error::Checkpoint { path: path.to_owned(), message }
+}
+
+fn value_of(adapter: &Adapter, entry: &str) -> Option<Tensor> {
+    let (module, matrix) = entry.rsplit_once('.')?;
+    let pair = adapter.tensors.get(module)?;
+    let value = if matrix == "lora_A" { &pair.lora_a } else { &pair.lora_b };
+    Some(value.shallow_clone())
+}
+
+fn write_moments(path: &Path, trained: &Trained) -> Result<()> {
+    let mut buffers = Vec::new();
+    for (index, entry) in trained.optimizer.entries().iter().enumerate() {
+        let [_, m, v] = trained.optimizer.state(index);
+        for (kind, moment) in MOMENTS.iter().zip([m, v]) {
+            let shape: Vec<usize> = entry.shape.iter().map(|&size| size as usize).collect();
+            buffers.push((format!("{}.{kind}", entry.name), shape, bytes_of(&moment)?));
+        }
+    }
+    let views = buffers
+        .iter()
+        .map(|(name, shape, bytes)| Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
+        .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>();
+    views
+        .and_then(|views| safetensors::serialize_to_file(views, None, path))
+        .map_err(|error| damaged(path, error.to_string()))
+}
+
+fn bytes_of(tensor: &Tensor) -> Result<Vec<u8>> {
+    let tensor = tensor.f_to_device(tch::Device::Cpu)?.contiguous();
+    let mut bytes = vec![0; tensor.numel() * size_of::<f32>()];
+    tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
+    Ok(bytes)
+}
+
+fn read_tensor(file: &SafeTensors<'_>, name: &str, path: &Path) -> Result<Tensor> {
+    let view =
+        file.tensor(name).map_err(|error| damaged(path, format!("{OPTIMIZER_FILE}: {error}")))?;
+    if view.dtype() != Dtype::F32 {
+        return Err(damaged(path, format!("{OPTIMIZER_FILE}: {name} is {:?}", view.dtype())));
+    }
+    let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
+    Ok(Tensor::f_from_data_size(view.data(), &shape, Kind::Float)?)
+}

@@ -1,0 +1,112 @@
+//! What can go wrong while the base model is fine-tuned.
+
+use std::path::PathBuf;
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a fine-tuning run cannot start, or had to end.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A setting contradicts another one, or is out of its range.
+    #[error("{setting}: {message}")]
+    Setting {
+        /// The flag, in the spelling of `--help`.
+        setting: &'static str,
+        /// What is wrong with its value.
+        message: String,
+    },
+    /// The data set could not be read.
+    #[error("data set {path}: {source}")]
+    Dataset {
+        /// The file.
+        path: PathBuf,
+        /// The reason, with the row.
+        source: dromedary_records::Error,
+    },
+    /// The data set holds no row to train on.
+    #[error("data set {path} holds no row to train on")]
+    EmptyDataset {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A row has no token to learn from: its target is empty or was truncated to nothing.
+    #[error("data set {path}: row {row} (example_id {example_id}) has no target token to learn")]
+    NoTarget {
+        /// The file.
+        path: PathBuf,
+        /// The row's number in the file, from 1.
+        row: usize,
+        /// The row's own id.
+        example_id: u64,
+    },
+    /// No file matches the pattern of the meta prompts.
+    #[error("no file matches --meta-prompt-pattern {pattern}")]
+    NoMetaPrompt {
+        /// The pattern as given.
+        pattern: String,
+    },
+    /// A pattern is not a valid glob.
+    #[error("--meta-prompt-pattern {pattern}: {message}")]
+    BadPattern {
+        /// The pattern as given.
+        pattern: String,
+        /// What the glob parser says.
+        message: String,
+    },
+    /// A file could not be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: std::io::Error,
+    },
+    /// A training checkpoint is damaged, or belongs to another run.
+    #[error("checkpoint {path}: {message}")]
+    Checkpoint {
+        /// The checkpoint folder or file.
+        path: PathBuf,
+        /// What does not fit.
+        message: String,
+    },
+    /// The loss or a gradient was not finite for several steps in a row.
+    #[error(
+        "loss or gradients were not finite in {count} steps in a row, last at step {step} with example_ids {example_ids:?}"
+    )]
+    NotFinite {
+        /// How many steps in a row.
+        count: u32,
+        /// The last of these steps.
+        step: u64,
+        /// The rows of the last step.
+        example_ids: Vec<u64>,
+    },
+    /// The run was asked to stop; a checkpoint was written before.
+    #[error("stopped after step {step}; the next run goes on from {checkpoint}")]
+    Stopped {
+        /// The last finished step.
+        step: u64,
+        /// Where the run can be taken up.
+        checkpoint: PathBuf,
+    },
+    /// The model, its checkpoint or an adapter was refused.
+    #[error(transparent)]
+    Llama(#[from] dromedary_llama::Error),
+    /// The tokenizer was refused.
+    #[error(transparent)]
+    Tokenizer(#[from] dromedary_tokenizer::Error),
+    /// A rank failed inside a collective.
+    #[error(transparent)]
+    Parallel(#[from] dromedary_parallel::Error),
+    /// A file operation failed.
+    #[error(transparent)]
+    Files(#[from] dromedary_files::Error),
+    /// An operation of torch-ext failed.
+    #[error(transparent)]
+    TorchExt(#[from] dromedary_torch_ext::Error),
+    /// libtorch refused an operation (out of memory, for the most part).
+    #[error(transparent)]
+    Torch(#[from] tch::TchError),
+}

@@ -1,0 +1,238 @@
+//! The training loop.
+//!
+//! Legend: `T` tokens of a micro-batch, `C` hidden_size.
+
+use std::time::Instant;
+
+use dromedary_llama::Llama;
+use dromedary_parallel::Communicator;
+use serde::{Deserialize, Serialize};
+use tch::no_grad;
+
+use crate::{
+    batches::Batches,
+    collate::{Example, MicroBatch},
+    error::{Error, Result},
+    half_block::{Half, HalfBlock, Keep},
+    loss::head_loss,
+    schedule::Schedule,
+    trained::Trained,
+};
+
+/// Steps with a loss or gradient that is not finite, one behind the other, after which a run ends:
+/// such a run does not recover by itself.
+const MAX_NOT_FINITE: u32 = 5;
+
+/// What one optimizer step did; a line of `metrics.jsonl`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepMetrics {
+    /// Number of the step, from 1.
+    pub step: u64,
+    /// Passes over the rows so far.
+    pub epoch: f64,
+    /// Mean of `-ln p` over all learned tokens of the step's rows.
+    pub loss: f64,
+    /// Learning rate of the step.
+    pub learning_rate: f64,
+    /// Global norm of the gradients before clipping.
+    pub grad_norm: f64,
+    /// Tokens read.
+    pub tokens: usize,
+    /// Tokens learned.
+    pub targets: usize,
+    /// Wall time, in seconds.
+    pub seconds: f64,
+    /// The update was left out since loss or gradients were not finite.
+    pub skipped: bool,
+}
+
+/// What forward and backward of one optimizer step say.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepLoss {
+    /// Mean of `-ln p` over all learned tokens of the step's rows.
+    pub loss: f64,
+    /// Tokens read.
+    pub tokens: usize,
+    /// Tokens learned.
+    pub targets: usize,
+    /// The rows.
+    pub example_ids: Vec<u64>,
+}
+
+/// A model under training, its rows and its schedule.
+pub struct Trainer<'a> {
+    model: &'a Llama,
+    trained: Trained,
+    examples: &'a [Example],
+    batches: Batches,
+    schedule: Schedule,
+    keep: Keep,
+    comm: &'a dyn Communicator,
+    /// Optimizer steps done.
+    step: u64,
+    not_finite: u32,
+}
+
+/// The parts that a [`Trainer`] puts together.
+pub struct TrainerParts<'a> {
+    /// The base model with `trained` attached.
+    pub model: &'a Llama,
+    /// Its adapters.
+    pub trained: Trained,
+    /// All rows; must not be empty.
+    pub examples: &'a [Example],
+    /// Their order.
+    pub batches: Batches,
+    /// Learning rates.
+    pub schedule: Schedule,
+    /// What forward keeps.
+    pub keep: Keep,
+    /// The ranks that share the model.
+    pub comm: &'a dyn Communicator,
+}
+
+impl<'a> Trainer<'a> {
+    /// A trainer before its first step.
+    pub fn new(parts: TrainerParts<'a>) -> Self {
+        let TrainerParts { model, trained, examples, batches, schedule, keep, comm } = parts;
+        Self { model, trained, examples, batches, schedule, keep, comm, step: 0, not_finite: 0 }
+    }
+
+    /// The adapters and the optimizer's state.
+    pub fn trained(&self) -> &Trained {
+        &self.trained
+    }
+
+    /// Optimizer steps done.
+    pub fn steps_done(&self) -> u64 {
+        self.step
+    }
+
+    /// Optimizer steps of the whole run.
+    pub fn total_steps(&self) -> u64 {
+        self.schedule.total_steps
+    }
+
+    /// Goes on from the state that `restore` puts back; it returns the number of steps done.
+    ///
+    /// # Errors
+    /// Those of `restore`.
+    pub fn resume(&mut self, restore: impl FnOnce(&mut Trained) -> Result<u64>) -> Result<()> {
+        self.step = restore(&mut self.trained)?;
+        Ok(())
+    }
+
+    /// One optimizer step: all micro-batches, clipping, update.
+    ///
+    /// The loss is the sum over all learned tokens divided by their number, however the rows are
+    /// cut into micro-batches. Dromedary averaged micro-batches, which gives the tokens of short
+    /// rows more weight.
+    ///
+    /// # Errors
+    /// If loss or gradients were not finite for several steps in a row, memory runs out, or a rank
+    /// fails.
+    pub fn train_step(&mut self) -> Result<StepMetrics> {
+        let start = Instant::now();
+        let StepLoss { loss, tokens, targets, example_ids } = self.forward_backward()?;
+        let grad_norm = self.trained.optimizer.grad_norm();
+        let learning_rate = self.schedule.learning_rate_at(self.step);
+        let skipped = !(loss.is_finite() && grad_norm.is_finite());
+        self.step += 1;
+        if skipped {
+            self.skip_update(example_ids)?;
+        } else {
+            self.not_finite = 0;
+            self.trained.optimizer.step(learning_rate, grad_norm)?;
+        }
+        Ok(StepMetrics {
+            step: self.step,
+            epoch: self.step as f64 / self.batches.steps_per_epoch() as f64,
+            loss,
+            learning_rate,
+            grad_norm,
+            tokens,
+            targets,
+            seconds: start.elapsed().as_secs_f64(),
+            skipped,
+        })
+    }
+
+    /// Loss of the next step's rows; their gradients are added to the optimizer's.
+    ///
+    /// # Errors
+    /// If memory runs out, or a rank fails.
+    pub fn forward_backward(&mut self) -> Result<StepLoss> {
+        let batches = self.micro_batches();
+        let targets: usize = batches.iter().map(MicroBatch::num_targets).sum();
+        let scale = 1.0 / targets.max(1) as f64;
+        let mut loss = 0.0;
+        for batch in &batches {
+            loss += scale * self.accumulate(batch, scale)?;
+        }
+        Ok(StepLoss {
+            loss,
+            tokens: batches.iter().map(MicroBatch::num_tokens).sum(),
+            targets,
+            example_ids: batches.into_iter().flat_map(|batch| batch.example_ids).collect(),
+        })
+    }
+
+    fn micro_batches(&mut self) -> Vec<MicroBatch> {
+        let rows = self.batches.step(self.step);
+        let micro_batch =
+            |rows: &Vec<usize>| MicroBatch::new(rows.iter().map(|&row| &self.examples[row]));
+        rows.iter().map(micro_batch).collect()
+    }
+
+    fn skip_update(&mut self, example_ids: Vec<u64>) -> Result<()> {
+        self.trained.optimizer.zero_grad();
+        self.not_finite += 1;
+        tracing::warn!(
+            step = self.step,
+            ?example_ids,
+            "loss or gradients not finite: step skipped"
+        );
+        if self.not_finite < MAX_NOT_FINITE {
+            return Ok(());
+        }
+        Err(Error::NotFinite { count: self.not_finite, step: self.step, example_ids })
+    }
+
+    /// Forward and backward of one micro-batch; adds `scale` times the gradients of its summed loss
+    /// to the optimizer's, and returns the summed loss.
+    fn accumulate(&mut self, batch: &MicroBatch, scale: f64) -> Result<f64> {
+        let rotary_at = self.model.rotary_at(&batch.positions())?;
+        let mut half_blocks = Vec::with_capacity(2 * self.model.layers().len());
+        for (index, layer) in self.model.layers().iter().enumerate() {
+            for half in [Half::Attention, Half::Mlp] {
+                let half_block =
+                    HalfBlock { layer, half, rotary_at: &rotary_at, lengths: &batch.lengths };
+                half_blocks.push((half_block, self.trained.entries_of(index, half)));
+            }
+        }
+
+        let mut hidden = no_grad(|| self.model.embed(&batch.input_ids))?; // (T, C)
+        let mut saved = Vec::with_capacity(half_blocks.len());
+        for (half_block, _) in &half_blocks {
+            let (output, left) = half_block.forward(&hidden, self.keep, self.comm)?;
+            hidden = output;
+            saved.push(left);
+        }
+        let head = head_loss(self.model, &hidden, batch, scale, self.comm)?;
+        drop(hidden);
+
+        let mut gradient = head.grad_hidden; // (T, C)
+        for ((half_block, entries), saved) in half_blocks.iter().zip(saved).rev() {
+            let leaves: Vec<_> = entries.iter().map(|&entry| self.trained.leaf(entry)).collect();
+            let (grad_input, gradients) =
+                half_block.backward(saved, &gradient, &leaves, self.comm)?;
+            gradient = grad_input;
+            for (&entry, gradient) in entries.iter().zip(gradients) {
+                if let Some(gradient) = gradient {
+                    self.trained.optimizer.accumulate(entry, &gradient);
+                }
+            }
+        }
+        Ok(head.loss_sum)
+    }
+}

@@ -1,0 +1,299 @@
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use serde_json::{Value, json};
+
+use crate::support::stories260k;
+
+const BINARY: &str = env!("CARGO_BIN_EXE_step3-principle-engraving");
+
+struct Job {
+    dir: tempfile::TempDir,
+}
+
+impl Job {
+    fn new(num_rows: usize) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let rows: Vec<Value> = (1..=num_rows)
+            .map(|id| {
+                json!({
+                    "example_id": id,
+                    "instruction": format!("Tell a story about {id} cats."),
+                    "input": "",
+                    "output": format!("Once upon a time there were {id} cats. They were happy."),
+                })
+            })
+            .collect();
+        let job = Self { dir };
+        fs::write(job.path("sft.json"), serde_json::to_vec(&rows).unwrap()).unwrap();
+        fs::write(job.path("dromedary_a_prompt_distill.txt"), "# Dromedary\n\n### User\n").unwrap();
+        job
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn train(&self, output_dir: &str, flags: &[&str]) -> Output {
+        self.command(output_dir, flags).output().unwrap()
+    }
+
+    fn command(&self, output_dir: &str, flags: &[&str]) -> Command {
+        let mut command = Command::new(BINARY);
+        command
+            .args(["train", "--threads", "1", "--lora-r", "4", "--learning-rate", "1e-2"])
+            .args(["--gradient-accumulation-steps", "2"])
+            .arg("--model-name-or-path")
+            .arg(stories260k())
+            .arg("--dataset")
+            .arg(self.path("sft.json"))
+            .arg("--meta-prompt-pattern")
+            .arg(self.path("dromedary_*prompt_distill.txt"))
+            .arg("--output-dir")
+            .arg(self.path(output_dir))
+            .args(flags);
+        command
+    }
+
+    fn metrics(&self, output_dir: &str) -> Vec<Value> {
+        let text = fs::read_to_string(self.path(output_dir).join("metrics.jsonl")).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[track_caller]
+fn succeeded(output: Output) {
+    assert!(output.status.success(), "{}", stderr(&output));
+}
+
+/// What a step computed, without how long it took.
+fn computed(step: &Value) -> (u64, f64, f64, f64) {
+    let number = |key: &str| step[key].as_f64().unwrap();
+    (step["step"].as_u64().unwrap(), number("loss"), number("grad_norm"), number("learning_rate"))
+}
+
+fn file(dir: &Path, name: &str) -> Vec<u8> {
+    fs::read(dir.join(name)).unwrap()
+}
+
+#[test]
+fn training_lowers_the_loss_and_leaves_an_adapter() {
+    let job = Job::new(12);
+    succeeded(job.train("out", &["--num-train-epochs", "4"]));
+    let metrics = job.metrics("out");
+    assert_eq!(metrics.len(), 24);
+    let mean = |steps: &[Value]| {
+        steps.iter().map(|step| computed(step).1).sum::<f64>() / steps.len() as f64
+    };
+    let (first, last) = (mean(&metrics[..4]), mean(&metrics[20..]));
+    assert!(last < 0.7 * first, "{first} {last}");
+    let adapter = job.path("out/adapter");
+    assert!(adapter.join("adapter_model.safetensors").exists());
+    let config: Value = serde_json::from_slice(&file(&adapter, "adapter_config.json")).unwrap();
+    assert_eq!((&config["r"], &config["peft_type"]), (&json!(4), &json!("LORA")));
+}
+
+#[test]
+fn a_resumed_run_computes_the_same_bits() {
+    let job = Job::new(16);
+    let flags = ["--max-steps", "8", "--save-steps", "3"];
+    succeeded(job.train("whole", &flags));
+    // What a kill behind step 3 leaves: the first checkpoint, later metrics, a torn line.
+    succeeded(job.train("cut", &flags));
+    for name in ["checkpoint-6", "checkpoint-8", "adapter"] {
+        fs::remove_dir_all(job.path("cut").join(name)).unwrap();
+    }
+    let metrics = job.path("cut/metrics.jsonl");
+    let mut text = fs::read(&metrics).unwrap();
+    text.truncate(text.len() - 20);
+    fs::write(&metrics, text).unwrap();
+    succeeded(job.train("cut", &flags));
+
+    let steps = |dir| job.metrics(dir).iter().map(computed).collect::<Vec<_>>();
+    assert_eq!(steps("whole"), steps("cut"));
+    for name in ["adapter/adapter_model.safetensors", "checkpoint-8/optimizer.safetensors"] {
+        assert_eq!(file(&job.path("whole"), name), file(&job.path("cut"), name), "{name}");
+    }
+}
+
+#[test]
+fn a_checkpoint_of_other_settings_is_refused() {
+    let job = Job::new(6);
+    succeeded(job.train("out", &["--max-steps", "2"]));
+    let output = job.train("out", &["--max-steps", "3"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("other settings"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_damaged_checkpoint_falls_back_loudly_and_is_refused_by_name() {
+    let job = Job::new(8);
+    let flags = ["--max-steps", "4", "--save-steps", "2"];
+    succeeded(job.train("out", &flags));
+    let newest = job.path("out/checkpoint-4");
+    let path = newest.join("optimizer.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&path, bytes).unwrap();
+
+    let explicit = job.train("out", &["--max-steps", "4", "--resume", newest.to_str().unwrap()]);
+    assert_eq!(explicit.status.code(), Some(1));
+    assert!(stderr(&explicit).contains("optimizer.safetensors"), "{}", stderr(&explicit));
+
+    let automatic = job.train("out", &flags);
+    let text = stderr(&automatic);
+    succeeded(automatic);
+    assert!(text.contains("optimizer.safetensors") && text.contains("checkpoint-2"), "{text}");
+}
+
+#[test]
+fn a_signal_ends_the_run_behind_a_checkpoint_and_the_next_run_finishes() {
+    let job = Job::new(40);
+    let flags = ["--max-steps", "400", "--save-steps", "1000", "--logging-steps", "1"];
+    let mut child = job.command("out", &flags).stderr(std::process::Stdio::null()).spawn().unwrap();
+    let metrics = job.path("out/metrics.jsonl");
+    let begun = || fs::read(&metrics).is_ok_and(|text| text.len() > 500);
+    for _ in 0..3000 {
+        if begun() {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    let kill = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+    assert_eq!(child.wait().unwrap().code(), Some(75));
+    let done = job.metrics("out").len();
+    assert!(done < 400);
+    assert!(job.path(&format!("out/checkpoint-{done}")).exists());
+    assert!(!job.path("out/adapter").exists());
+    succeeded(job.train("out", &flags));
+    assert_eq!(job.metrics("out").len(), 400);
+}
+
+#[test]
+fn only_so_many_checkpoints_are_kept() {
+    let job = Job::new(8);
+    succeeded(
+        job.train("out", &["--max-steps", "6", "--save-steps", "1", "--save-total-limit", "2"]),
+    );
+    let mut names: Vec<String> = fs::read_dir(job.path("out"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.starts_with("checkpoint-"))
+        .collect();
+    names.sort();
+    assert_eq!(names, ["checkpoint-5", "checkpoint-6"]);
+}
+
+#[test]
+fn bad_input_is_named() {
+    let job = Job::new(3);
+    let empty = job.path("empty.json");
+    fs::write(&empty, "[]").unwrap();
+    let no_target = job.path("no_target.jsonl");
+    fs::write(
+        &no_target,
+        "{\"example_id\": 5, \"instruction\": \"Hi\", \"input\": \"\", \"output\": \"\"}\n",
+    )
+    .unwrap();
+    let broken = job.path("broken.jsonl");
+    fs::write(&broken, "{\"example_id\": 1, \"instruction\": \"Hi\", \"inp").unwrap();
+    let cases: [(&[&str], &[&str], i32); 6] = [
+        (&["--dataset", empty.to_str().unwrap()], &["empty.json", "no row"], 1),
+        (&["--dataset", no_target.to_str().unwrap()], &["no_target.jsonl", "example_id 5"], 1),
+        (&["--dataset", broken.to_str().unwrap()], &["broken.jsonl"], 1),
+        (&["--dataset", "/nonexistent.json"], &["/nonexistent.json"], 1),
+        (&["--meta-prompt-pattern", "/none*"], &["/none*"], 1),
+        (&["--lora-modules", "wq"], &["wq", "q_proj"], 2),
+    ];
+    for (flags, words, code) in cases {
+        let mut command = Command::new(BINARY);
+        command.arg("train").arg("--checkpoint").arg(stories260k());
+        for (flag, value) in [
+            ("--dataset", job.path("sft.json")),
+            ("--meta-prompt-pattern", job.path("dromedary_*prompt_distill.txt")),
+        ] {
+            if !flags.contains(&flag) {
+                command.arg(flag).arg(value);
+            }
+        }
+        let output = command.arg("--output-dir").arg(job.path("out")).args(flags).output().unwrap();
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(code), "{text}");
+        assert!(words.iter().all(|word| text.contains(word)), "{words:?}: {text}");
+        assert!(!job.path("out/adapter").exists());
+    }
+}
+
+#[test]
+fn rows_without_a_target_can_be_left_out() {
+    let job = Job::new(3);
+    let path = job.path("some.jsonl");
+    let row = |id, output: &str| {
+        json!({"example_id": id, "instruction": "Hi", "input": "", "output": output}).to_string()
+    };
+    fs::write(&path, [row(1, "Hello."), row(2, " "), row(3, "Good day.")].join("\n")).unwrap();
+    let output = Command::new(BINARY)
+        .args(["train", "--drop-empty", "--lora-r", "2", "--gradient-accumulation-steps", "1"])
+        .arg("--checkpoint")
+        .arg(stories260k())
+        .arg("--dataset")
+        .arg(&path)
+        .arg("--meta-prompt-pattern")
+        .arg(job.path("dromedary_*prompt_distill.txt"))
+        .arg("--output-dir")
+        .arg(job.path("out"))
+        .output()
+        .unwrap();
+    succeeded(output);
+    assert_eq!(job.metrics("out").len(), 2);
+}
+
+/// The command line of Dromedary's README, with program name and paths changed.
+#[test]
+fn the_original_command_line_runs() {
+    let job = Job::new(6);
+    let typed = "--per_device_train_batch_size 4 --gradient_accumulation_steps 4 \
+        --model_name_or_path MODEL --learning_rate 1e-4 --source_max_len 512 --target_max_len 512 \
+        --dataset sft.json --dataset_format dromedary \
+        --meta_prompt_pattern dromedary_*prompt_distill.txt --double_quant True --quant_type nf4 \
+        --bits 4 --lora_r 64 --output_dir out --num_train_epochs 1 --group_by_length False \
+        --evaluation_strategy no --save_strategy steps --save_steps 500 --save_total_limit 3 \
+        --weight_decay 0.0 --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 5 \
+        --report_to tensorboard --ddp_backend nccl --bf16 True --ddp_find_unused_parameters False \
+        --resume_from_training True --add_eos_to_target False";
+    let model = stories260k();
+    let words = typed.split_whitespace().map(|word| match word {
+        "MODEL" => model.to_str().unwrap(),
+        word => word,
+    });
+    let output =
+        Command::new(BINARY).arg("train").args(words).current_dir(job.dir.path()).output().unwrap();
+    let text = stderr(&output);
+    succeeded(output);
+    assert!(text.contains("--ddp-backend") && text.contains("--bits 4"), "{text}");
+    assert!(job.path("out/adapter/adapter_model.safetensors").exists());
+}
+
+#[test]
+fn settings_of_each_configuration_file_are_understood() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    for name in ["step3_demo", "step3_llama2_70b", "step3_llama2_7b"] {
+        let output = Command::new(BINARY)
+            .args(["train", "--print-config", "--seed", "7", "--config"])
+            .arg(root.join(format!("configs/{name}.toml")))
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        succeeded(output);
+        assert!(text.starts_with("[train]") && text.contains("seed = 7"), "{text}");
+        assert!(text.contains("source_max_len = 512"), "{text}");
+    }
+}

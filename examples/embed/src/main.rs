@@ -1,0 +1,46 @@
+//! Answers the first prompts of a file with a LLaMA, as a library user would.
+//!
+//! `cargo run --release -- CHECKPOINT_DIR PROMPTS.json [ROWS]`
+
+use std::{env, error::Error, ops::ControlFlow, path::PathBuf};
+
+use dromedary_llama::{
+    Checkpoint, Engine, EngineConfig, Event, Llama, LoadOptions, Request, Sampling, eos_token_ids,
+};
+use dromedary_parallel::SingleProcess;
+use dromedary_records::read_prompts;
+use dromedary_tokenizer::Tokenizer;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let mut args = env::args().skip(1);
+    let usage = "usage: embed CHECKPOINT_DIR PROMPTS.json [ROWS]";
+    let checkpoint: PathBuf = args.next().ok_or(usage)?.into();
+    let prompts: PathBuf = args.next().ok_or(usage)?.into();
+    let rows: usize = args.next().map_or(Ok(2), |rows| rows.parse())?;
+
+    let tokenizer = Tokenizer::open(&checkpoint)?;
+    let model = Llama::load(&Checkpoint::open(&checkpoint)?, &LoadOptions::default())?;
+    let config = EngineConfig {
+        max_batch_size: rows,
+        max_seq_len: 256,
+        max_gen_len: 48,
+        sampling: Sampling { temperature: 0.0, ..Sampling::default() },
+        stop_strings: vec!["\n\n".to_owned()],
+        eos_token_ids: eos_token_ids(&checkpoint, &tokenizer)?,
+    };
+    let mut engine = Engine::new(&model, &tokenizer, &SingleProcess, config)?;
+
+    let prompts = read_prompts(&prompts)?.take(rows).collect::<Result<Vec<_>, _>>()?;
+    let mut requests = prompts.iter().map(|prompt| Request {
+        id: prompt.id.clone(),
+        tokens: tokenizer.encode_with_bos(&prompt.instruction),
+        seed: 0,
+    });
+    engine.run(&mut || requests.next(), &mut |event| {
+        if let Event::Finished(row) = event {
+            println!("{} [{}]{}", row.id, row.finish_reason, row.text);
+        }
+        ControlFlow::Continue(())
+    })?;
+    Ok(())
+}
