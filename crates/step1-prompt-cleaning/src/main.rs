@@ -1,3 +1,76 @@
-//! Entry point.
+//! `step1-prompt-cleaning`: collects, cleans and subsamples prompts.
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use dromedary_command::{Common, StopFlag, init_logging, layered, parse, print_config, run};
+use dromedary_prompt_cleaning::{
+    AggregateArgs, AggregateConfig, MergeArgs, MergeConfig, SUBCOMMANDS, Session, SubsampleArgs,
+    SubsampleConfig, aggregate_sharegpt, clean_and_merge, subsample_openorca,
+};
+use dromedary_prompt_cleaning::{Report, Result};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// Step 1: collect, clean and subsample the prompts that the model is to answer.
+#[derive(Parser)]
+#[command(
+    name = "step1-prompt-cleaning",
+    version,
+    after_help = "All flags may be written in \
+    snake_case, as the original writes them. Nothing is downloaded: every input is a file."
+)]
+struct Cli {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Draw a sample of OpenOrca's questions: as many of each of its four collections.
+    SubsampleOpenorca(SubsampleArgs),
+    /// Collect the first question of every ShareGPT conversation, each once.
+    AggregateSharegpt(AggregateArgs),
+    /// Clean the prompts of ShareGPT, OpenOrca, Dolly and oasst1 and shuffle them into one file.
+    CleanAndMerge(MergeArgs),
+}
+
+fn main() -> ExitCode {
+    run(|| {
+        let Cli { common, command } = parse::<Cli>();
+        init_logging(0, 1, common.verbosity());
+        match command {
+            Command::SubsampleOpenorca(args) => {
+                execute::<_, SubsampleConfig>(SUBCOMMANDS[0], args, &common, subsample_openorca)
+            }
+            Command::AggregateSharegpt(args) => {
+                execute::<_, AggregateConfig>(SUBCOMMANDS[1], args, &common, aggregate_sharegpt)
+            }
+            Command::CleanAndMerge(args) => {
+                execute::<_, MergeConfig>(SUBCOMMANDS[2], args, &common, clean_and_merge)
+            }
+        }
+    })
+}
+
+/// Resolves the settings of a subcommand, then prints them or does the work.
+fn execute<A, C>(
+    subcommand: &str,
+    args: A,
+    common: &Common,
+    work: fn(&C, &Session) -> Result<Report>,
+) -> anyhow::Result<()>
+where
+    A: clap::Args + Serialize + DeserializeOwned,
+    C: TryFrom<A, Error = dromedary_command::Error> + Serialize,
+{
+    let config = C::try_from(layered(subcommand, &SUBCOMMANDS, args, common)?)?;
+    if common.print_config {
+        return Ok(print_config(subcommand, &config)?);
+    }
+    let session = Session { stop: StopFlag::install()?, show_progress: !common.quiet };
+    work(&config, &session)?;
+    Ok(())
+}

@@ -1,1 +1,22 @@
-//! Integration tests.
+//! Integration tests of step 1.
+
+/// What the tests share: folders, files of rows, running the binary.
+mod support;
+
+/// The cleaning rules against goldens from Python, and their properties.
+mod cleaning;
+
+/// Filters, comparison and order, and their properties.
+mod rules;
+
+/// Every format of every source, and rows of the wrong shape.
+mod sources;
+
+/// The three commands as functions: counts, order, memory on disk, errors.
+mod commands;
+
+/// The binary: the original's command lines, configuration files, exit codes.
+mod cli;
+
+/// Our own sample data: every rule is met, both sets of rules.
+mod dummy_data;

@@ -1,0 +1,327 @@
+#![expect(
+    clippy::disallowed_types,
+    reason = "the order of the map cannot be seen: it is only asked"
+)]
+
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
+use std::collections::hash_map::{Entry, HashMap};
+use std::path::PathBuf;
+
+use dromedary_command::required;
+use dromedary_records::RowWriter;
+use serde::{Deserialize, Serialize};
+
+use super::settings::{
+    MAX_BAD_ROWS, positive, refuse_overwriting, require_tokenizer_for_compat, share,
+};
+use super::{Run, Session, make_report_folder, on_threads, open_counter, prompt, publish};
+use crate::buckets::KeyedBuckets;
+use crate::report::{Report, SourceCounts};
+use crate::sources::{OpenOrcaQuestion, Stratum, refuse_hub_name};
+use crate::text::strip;
+use crate::{
+    Compat, DropReason, Edit, Fingerprint, KeyedOrder, LengthRule, Result, Rules, Source,
+    TokenCounter, is_nli_task,
+};
+
+const COMMAND: &str = "subsample-openorca";
+
+/// Flags of `subsample-openorca`.
+#[derive(Clone, Debug, Default, PartialEq, clap::Args, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SubsampleArgs {
+    /// OpenOrca as .parquet (or JSON lines, or a JSON array) with the columns `id` and `question`.
+    #[arg(long, value_name = "FILE")]
+    pub train_data_path: Option<PathBuf>,
+    /// Where the prompts go: a JSON array, or JSON lines if it ends in .jsonl (.gz and .zst too).
+    #[arg(long, value_name = "FILE", alias = "output-file")]
+    pub output_path: Option<PathBuf>,
+    /// tokenizer.json that measures lengths, or a folder with one [default: none, lengths are
+    /// estimated].
+    #[arg(long, value_name = "PATH", aliases = ["tokenizer-name", "tokenizer-path"])]
+    pub tokenizer: Option<PathBuf>,
+    /// Rows kept of each of niv, flan, t0, cot [default: 10000].
+    #[arg(long, value_name = "ROWS")]
+    pub max_samples_per_dataset: Option<usize>,
+    /// Tokens of the longest question that is kept, BOS and two line breaks counted [default: 256].
+    #[arg(long, value_name = "TOKENS")]
+    pub max_prompt_len: Option<usize>,
+    /// Seed of the sample and of the order [default: 42].
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Follow the original's rules instead of the corrected ones.
+    #[arg(long, value_name = "WHOSE")]
+    pub compat: Option<Compat>,
+    /// Share of rows that may be unreadable before the file is refused [default: 0.001].
+    #[arg(long, value_name = "SHARE")]
+    pub max_bad_rows: Option<f64>,
+    /// Folder that gets report.json: counts by stratum and reason [default: none].
+    #[arg(long, value_name = "DIR")]
+    pub report: Option<PathBuf>,
+    /// Threads [default: one a core].
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+/// Settings of [`subsample_openorca`].
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct SubsampleConfig {
+    /// OpenOrca.
+    pub train_data_path: PathBuf,
+    /// Where the prompts go.
+    pub output_path: PathBuf,
+    /// What measures lengths; without, they are estimated.
+    pub tokenizer: Option<PathBuf>,
+    /// Rows kept of each stratum.
+    pub max_samples_per_dataset: usize,
+    /// Tokens of the longest question.
+    pub max_prompt_len: usize,
+    /// Seed of the sample and of the order.
+    pub seed: u64,
+    /// Whose rules, if not the corrected ones.
+    pub compat: Option<Compat>,
+    /// Share of rows that may be unreadable.
+    pub max_bad_rows: f64,
+    /// Folder of the report.
+    pub report: Option<PathBuf>,
+    /// Threads; 0 is one a core.
+    pub threads: usize,
+}
+
+impl TryFrom<SubsampleArgs> for SubsampleConfig {
+    type Error = dromedary_command::Error;
+
+    fn try_from(args: SubsampleArgs) -> dromedary_command::Result<SubsampleConfig> {
+        let train_data_path = required(args.train_data_path, "train_data_path")?;
+        let output_path = required(args.output_path, "output_path")?;
+        refuse_hub_name(&train_data_path, "--train-data-path")?;
+        if let Some(tokenizer) = &args.tokenizer {
+            refuse_hub_name(tokenizer, "--tokenizer")?;
+        }
+        refuse_overwriting(&output_path, [&train_data_path])?;
+        require_tokenizer_for_compat(args.compat.is_some(), args.tokenizer.is_some())?;
+        Ok(SubsampleConfig {
+            train_data_path,
+            output_path,
+            tokenizer: args.tokenizer,
+            max_samples_per_dataset: positive(
+                args.max_samples_per_dataset.unwrap_or(10_000),
+                "--max-samples-per-dataset",
+            )?,
+            max_prompt_len: positive(args.max_prompt_len.unwrap_or(256), "--max-prompt-len")?,
+            seed: args.seed.unwrap_or(42),
+            compat: args.compat,
+            max_bad_rows: share(args.max_bad_rows, MAX_BAD_ROWS, "--max-bad-rows")?,
+            report: args.report,
+            threads: args.threads.unwrap_or(0),
+        })
+    }
+}
+
+/// Draws a sample of OpenOrca's questions: up to `max_samples_per_dataset` of each stratum.
+///
+/// Texts wait on disk and not in memory; what is held is some 40 to 80 bytes for each question.
+///
+/// # Errors
+/// A file that cannot be read or written, too many bad rows, no row left, a stop. Nothing is
+/// written then.
+pub fn subsample_openorca(config: &SubsampleConfig, session: &Session) -> Result<Report> {
+    on_threads(config.threads, || subsample(config, session))
+}
+
+fn subsample(config: &SubsampleConfig, session: &Session) -> Result<Report> {
+    make_report_folder(config.report.as_deref())?;
+    let judge = Judge {
+        rules: config.compat.into(),
+        counter: open_counter(config.tokenizer.as_deref())?,
+        length: LengthRule { min: 0, max: config.max_prompt_len, suffix: "\n\n" },
+    };
+    let mut writer = RowWriter::create(&config.output_path)?;
+    let mut run = Run::new(session, config.max_bad_rows);
+    let mut sampler = Sampler::new(config, judge.rules);
+    let questions = OpenOrcaQuestion::open(&config.train_data_path)?;
+    run.read(
+        &config.train_data_path,
+        questions,
+        |question| judge.judge(question),
+        |judged| sampler.admit(judged),
+    )?;
+    let counts = sampler.write(config.max_samples_per_dataset, &mut writer)?;
+    let report = run.report(COMMAND, config, &config.output_path, counts)?;
+    publish(report, writer, config.report.as_deref())
+}
+
+/// The rules that look at one question.
+struct Judge {
+    rules: Rules,
+    counter: TokenCounter,
+    length: LengthRule,
+}
+
+struct Judged {
+    stratum: Stratum,
+    question: String,
+    stripped: bool,
+    fingerprint: Fingerprint,
+    drop: Option<DropReason>,
+}
+
+impl Judge {
+    fn judge(&self, row: OpenOrcaQuestion) -> Judged {
+        let question = strip(&row.question);
+        // Dromedary has no such rule and keeps one empty question.
+        let drop = if question.is_empty() && self.rules == Rules::Corrected {
+            Some(DropReason::Empty)
+        } else if is_nli_task(self.rules, question) {
+            Some(DropReason::NliTask)
+        } else {
+            self.length.check(&self.counter, question)
+        };
+        Judged {
+            stratum: row.stratum,
+            stripped: question.len() < row.question.len(),
+            fingerprint: Fingerprint::of(self.rules, question),
+            question: question.to_owned(),
+            drop,
+        }
+    }
+}
+
+/// Where a question stands first: a smaller place wins against equal questions elsewhere.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Place {
+    stratum: Stratum,
+    row: u64,
+    drop: Option<DropReason>,
+}
+
+/// Keeps one of equal questions, of those a sample, and of that the order.
+struct Sampler {
+    rules: Rules,
+    order: KeyedOrder,
+    rows: u64,
+    places: HashMap<Fingerprint, Place>,
+    /// The number of its row and the question.
+    buckets: KeyedBuckets<(u64, String)>,
+    counts: BTreeMap<Stratum, SourceCounts>,
+    bad_rows: u64,
+}
+
+impl Sampler {
+    fn new(config: &SubsampleConfig, rules: Rules) -> Sampler {
+        Sampler {
+            rules,
+            order: KeyedOrder::new(config.seed),
+            rows: 0,
+            places: HashMap::new(),
+            buckets: KeyedBuckets::beside(&config.output_path),
+            counts: BTreeMap::new(),
+            bad_rows: 0,
+        }
+    }
+
+    fn admit(&mut self, judged: Option<Judged>) -> Result<()> {
+        self.rows += 1;
+        let Some(judged) = judged else {
+            self.bad_rows += 1;
+            return Ok(());
+        };
+        let counts = self.counts.entry(judged.stratum).or_default();
+        counts.rows += 1;
+        if judged.stripped {
+            counts.count_edits(&[Edit::Whitespace]);
+        }
+        // Dromedary compares first and filters what is left; the rows are the same.
+        match judged.drop {
+            Some(reason) if self.rules == Rules::Corrected => counts.count_drops(reason, 1),
+            drop => {
+                let place = Place { stratum: judged.stratum, row: self.rows, drop };
+                if self.take_place(&judged.fingerprint, place) && drop.is_none() {
+                    let key = self.order.output_key(&judged.fingerprint);
+                    self.buckets.push(key, &(self.rows, judged.question))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the place is the best so far for this question; counts what loses.
+    fn take_place(&mut self, fingerprint: &Fingerprint, place: Place) -> bool {
+        let loser = match self.places.entry(*fingerprint) {
+            Entry::Vacant(vacant) => {
+                vacant.insert(place);
+                None
+            }
+            Entry::Occupied(mut occupied) => Some(match place.cmp(occupied.get()) {
+                Ordering::Less => occupied.insert(place),
+                _ => place,
+            }),
+        };
+        let wins = loser != Some(place);
+        if let Some(loser) = loser {
+            let counts = self.counts.entry(loser.stratum).or_default();
+            counts.count_drops(DropReason::Duplicate, 1);
+            if let (true, Some(reason)) = (wins, loser.drop) {
+                counts.take_back(reason);
+            }
+        }
+        if let (true, Some(reason)) = (wins, place.drop) {
+            self.counts.entry(place.stratum).or_default().count_drops(reason, 1);
+        }
+        wins
+    }
+
+    /// Writes the sample in its order.
+    fn write(
+        mut self,
+        cap: usize,
+        writer: &mut RowWriter,
+    ) -> Result<BTreeMap<String, SourceCounts>> {
+        let last_keys = self.last_sample_keys(cap);
+        for record in self.buckets.into_ordered() {
+            let (row, question) = record?;
+            let fingerprint = Fingerprint::of(self.rules, &question);
+            let Some(place) = self.places.get(&fingerprint).filter(|place| place.row == row) else {
+                continue;
+            };
+            let counts = self.counts.entry(place.stratum).or_default();
+            let last_key = last_keys.get(&place.stratum);
+            if last_key.is_some_and(|last| self.order.sample_key(&fingerprint) > *last) {
+                counts.count_drops(DropReason::OverCap, 1);
+                continue;
+            }
+            counts.kept += 1;
+            writer.write(&prompt(Source::OpenOrca, question, String::new()))?;
+        }
+        let mut counts: BTreeMap<String, SourceCounts> = BTreeMap::new();
+        for (stratum, of_stratum) in self.counts {
+            counts.insert(format!("{}/{stratum}", Source::OpenOrca), of_stratum);
+        }
+        if self.bad_rows > 0 {
+            let unknown = counts.entry(Source::OpenOrca.to_string()).or_default();
+            unknown.rows = self.bad_rows;
+            unknown.count_drops(DropReason::BadRow, self.bad_rows);
+        }
+        Ok(counts)
+    }
+
+    /// The sample key of the last row kept, of each stratum with more than `cap` of them.
+    fn last_sample_keys(&self, cap: usize) -> BTreeMap<Stratum, u128> {
+        let mut last_keys = BTreeMap::new();
+        for stratum in Stratum::ALL {
+            let of_stratum = |place: &Place| place.stratum == stratum && place.drop.is_none();
+            let mut keys: Vec<u128> = self
+                .places
+                .iter()
+                .filter(|(_, place)| of_stratum(place))
+                .map(|(fingerprint, _)| self.order.sample_key(fingerprint))
+                .collect();
+            if keys.len() > cap {
+                let (_, last, _) = keys.select_nth_unstable(cap - 1);
+                last_keys.insert(stratum, *last);
+            }
+        }
+        last_keys
+    }
+}

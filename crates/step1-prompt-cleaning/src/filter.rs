@@ -1,0 +1,128 @@
+//! Why a row is left out, and the rules that look at one text.
+
+use crate::{Rules, TokenCounter};
+
+/// Why a row does not become a prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum DropReason {
+    /// The row cannot be read: a field is missing or has the wrong type.
+    BadRow,
+    /// The conversation has fewer than two turns.
+    SingleTurn,
+    /// The first turn is not the human's.
+    NotHumanFirst,
+    /// A Dolly category that needs a context to be answered.
+    OtherCategory,
+    /// A Dolly row with a context.
+    HasContext,
+    /// An oasst1 message that answers another one.
+    NotARoot,
+    /// An oasst1 prompt that nobody answered.
+    NoReply,
+    /// No text is left.
+    Empty,
+    /// Fewer tokens than `--min-prompt-len`.
+    TooShort,
+    /// More tokens than `--max-prompt-len`.
+    TooLong,
+    /// A natural-language-inference task.
+    NliTask,
+    /// The prompt was seen before.
+    Duplicate,
+    /// The stratum has `--max-samples-per-dataset` rows without it.
+    OverCap,
+}
+
+impl DropReason {
+    /// Every reason.
+    pub const ALL: [DropReason; 13] = [
+        DropReason::BadRow,
+        DropReason::SingleTurn,
+        DropReason::NotHumanFirst,
+        DropReason::OtherCategory,
+        DropReason::HasContext,
+        DropReason::NotARoot,
+        DropReason::NoReply,
+        DropReason::Empty,
+        DropReason::TooShort,
+        DropReason::TooLong,
+        DropReason::NliTask,
+        DropReason::Duplicate,
+        DropReason::OverCap,
+    ];
+
+    /// The name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            DropReason::BadRow => "bad_row",
+            DropReason::SingleTurn => "single_turn",
+            DropReason::NotHumanFirst => "not_human_first",
+            DropReason::OtherCategory => "other_category",
+            DropReason::HasContext => "has_context",
+            DropReason::NotARoot => "not_a_root",
+            DropReason::NoReply => "no_reply",
+            DropReason::Empty => "empty",
+            DropReason::TooShort => "too_short",
+            DropReason::TooLong => "too_long",
+            DropReason::NliTask => "nli_task",
+            DropReason::Duplicate => "duplicate",
+            DropReason::OverCap => "over_cap",
+        }
+    }
+}
+
+/// What gives away the natural-language-inference tasks of OpenOrca, whose answers are one word of
+/// three.
+const NLI_KEYWORDS: [&str; 5] =
+    ["it is not possible to tell", "Premise", "premise", "Hypothesis", "hypothesis"];
+
+/// Whether the question is a natural-language-inference task.
+///
+/// Dromedary looks for its keywords anywhere and so loses the shop's `premises`;
+/// [`Rules::Corrected`] wants word borders around them.
+pub fn is_nli_task(rules: Rules, question: &str) -> bool {
+    NLI_KEYWORDS.iter().any(|keyword| match rules {
+        Rules::Dromedary => question.contains(keyword),
+        Rules::Corrected => contains_words(question, keyword),
+    })
+}
+
+fn contains_words(text: &str, words: &str) -> bool {
+    text.match_indices(words).any(|(start, _)| {
+        let before = text[..start].chars().next_back();
+        let behind = text[start + words.len()..].chars().next();
+        !before.is_some_and(char::is_alphanumeric) && !behind.is_some_and(char::is_alphanumeric)
+    })
+}
+
+/// The number of tokens that a prompt may have, a BOS token of the vocabulary counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LengthRule {
+    /// No fewer than this.
+    pub min: usize,
+    /// No more than this.
+    pub max: usize,
+    /// What is encoded behind the text.
+    pub suffix: &'static str,
+}
+
+impl LengthRule {
+    /// Why the text breaks the rule, if it does.
+    pub fn check(&self, counter: &TokenCounter, text: &str) -> Option<DropReason> {
+        let fits = |max| {
+            if self.suffix.is_empty() {
+                counter.fits(text, max)
+            } else {
+                counter.fits(&[text, self.suffix].concat(), max)
+            }
+        };
+        if !fits(self.max) {
+            Some(DropReason::TooLong)
+        } else if self.min > 0 && fits(self.min - 1) {
+            Some(DropReason::TooShort)
+        } else {
+            None
+        }
+    }
+}
