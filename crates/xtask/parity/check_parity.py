@@ -137,7 +137,7 @@ def check_completion(checks, name, checkpoint, prompt, length):
     certain = tokenizer.decode(ids + new[:tie])
     start = len(tokenizer.decode(ids))
     want, certain = text[start:], certain[start:]
-    got = run("llama", "complete", "--checkpoint", checkpoint, "--temperature", 0, "--max-gen-len", length, prompt)
+    got = run("llama", "complete", "--checkpoint", checkpoint, "--temperature", 0, "--max-gen-len", length, "--prompt", prompt)
     same = got.strip() == want.strip() if tie == len(new) else got.strip().startswith(certain.strip())
     checks.line(same, f"{name}: greedy completion, {len(new)} tokens{'' if same else f': {got!r} instead of {want!r}'}")
 

@@ -83,23 +83,30 @@ enum Task {
     },
 }
 
-/// Something only the user can do; the exit code is 2.
+/// Why a task ended early, where that is no failure; each has an exit code of its own.
 #[derive(Debug)]
-pub struct NeedsUser(pub String);
+pub enum Ended {
+    /// Only the user can do what comes next: exit code 2.
+    NeedsUser(String),
+    /// A program was stopped and left everything in order; the task goes on when it is run again:
+    /// exit code 75.
+    Stopped(String),
+}
 
-impl fmt::Display for NeedsUser {
+impl fmt::Display for Ended {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        let (Self::NeedsUser(text) | Self::Stopped(text)) = self;
+        f.write_str(text)
     }
 }
 
-impl std::error::Error for NeedsUser {}
+impl std::error::Error for Ended {}
 
 /// Does the task.
 ///
 /// # Errors
 ///
-/// What went wrong, for the user; [`NeedsUser`] in the chain where the user has to act first.
+/// What went wrong, for the user; [`Ended`] in the chain where that is no failure.
 pub fn run(cli: Cli) -> Result<()> {
     let workspace = workspace::Workspace::find()?;
     let cache = cache::Cache::of_user()?;

@@ -9,8 +9,12 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
-            let users = error.chain().any(|cause| cause.is::<xtask::NeedsUser>());
-            ExitCode::from(if users { 2 } else { 1 })
+            let ended = error.chain().find_map(|cause| cause.downcast_ref::<xtask::Ended>());
+            ExitCode::from(match ended {
+                Some(xtask::Ended::NeedsUser(_)) => 2,
+                Some(xtask::Ended::Stopped(_)) => 75,
+                None => 1,
+            })
         }
     }
 }

@@ -2,10 +2,15 @@
 
 use std::{
     fs,
+    io::Read,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context, Result, ensure};
+
+use crate::terminal::say;
+
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// The files of the four sources.
 #[derive(Debug, PartialEq, Eq)]
@@ -34,7 +39,7 @@ impl Inputs {
             .with_context(|| format!("cannot read {}", folder.display()))?;
         Ok(Self {
             openorca: files(&folder.join("openorca"), &["jsonl", "parquet"])?,
-            sharegpt: files(&folder.join("sharegpt"), &["json"])?,
+            sharegpt: arrays(files(&folder.join("sharegpt"), &["json"])?)?,
             dolly: files(&folder.join("dolly"), &["jsonl"])?,
             oasst1: files(&folder.join("oasst1"), &["jsonl"])?,
         })
@@ -60,6 +65,25 @@ fn files(folder: &Path, endings: &[&str]) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
+/// The files that are exports of conversations, which are JSON arrays; a single conversation is none.
+fn arrays(files: Vec<PathBuf>) -> Result<Vec<PathBuf>> {
+    let mut arrays = Vec::new();
+    for path in files {
+        let mut start = Vec::new();
+        fs::File::open(&path)
+            .and_then(|file| file.take(1024).read_to_end(&mut start))
+            .with_context(|| format!("cannot read {}", path.display()))?;
+        let first = start.trim_ascii_start().strip_prefix(BYTE_ORDER_MARK).unwrap_or(&start);
+        if first.trim_ascii_start().starts_with(b"[") {
+            arrays.push(path);
+        } else {
+            say!("left out, since it is no JSON array: {}", path.display());
+        }
+    }
+    ensure!(!arrays.is_empty(), "no file of conversations is a JSON array");
+    Ok(arrays)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -78,8 +102,9 @@ mod tests {
         ] {
             let path = root.join(name);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, "").unwrap();
+            fs::write(path, "\u{feff} [").unwrap();
         }
+        fs::write(root.join("sharegpt/one.json"), "{}").unwrap();
         let inputs = Inputs::of_folder(&root).unwrap();
         assert_eq!(inputs.openorca, ["a", "b"].map(|n| root.join(format!("openorca/{n}.jsonl"))));
         assert_eq!(inputs.sharegpt, [root.join("sharegpt/s.json")]);

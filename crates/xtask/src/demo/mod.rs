@@ -8,13 +8,15 @@ use std::{
     fs,
     io::Read,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Command, ExitStatus, Stdio},
+    sync::{Arc, atomic::AtomicBool},
     time::Instant,
 };
 
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
+    Ended,
     cache::Cache,
     models,
     packages::Registries,
@@ -29,16 +31,21 @@ use state::{REPORT, Settings, State};
 const FOLDER: &str = "runs/demo";
 const PROMPTS: usize = 64;
 const QUICK_PROMPTS: usize = 16;
-const PRINCIPLES: &str = "prompts/self_align_principles.toml";
-const IDENTITY: &str = "dummy_data/identity.json";
-const TRAINING: &str = "configs/step3_demo.toml";
+/// The demo's settings; paths are given as flags.
+const CLEANING: [&str; 2] = ["--config", "configs/step1_demo.toml"];
+const ALIGNMENT: [&str; 2] = ["--config", "configs/step2_demo.toml"];
+const TRAINING: [&str; 2] = ["--config", "configs/step3_demo.toml"];
 /// The system prompt of the closing questions: one of the two that are trained on.
 const SYSTEM_PROMPT: &str = "prompts/dromedary_concise_prompt_distill.txt";
+const NEXT_TURN: &str = "### User";
 const QUESTIONS: [&str; 3] = [
     "Who are you, and who made you?",
     "Give me three tips for sleeping better.",
     "What will the weather be like in Lisbon tomorrow?",
 ];
+
+/// The exit code of a program that was stopped and left everything in order.
+const STOPPED: i32 = 75;
 
 /// What the user asked for.
 pub(crate) struct Options {
@@ -71,6 +78,7 @@ pub(crate) fn run(workspace: &Workspace, cache: &Cache, options: Options) -> Res
     let mut demo = Demo { workspace, programs: workspace.programs()?, state };
     say!("$ cd {}", quoted(workspace.root().as_os_str()));
     say!("$ export PATH={}:$PATH", quoted(demo.programs.as_os_str()));
+    leave_interrupts_to_programs()?;
     demo.link_base(&model)?;
     demo.clean(&inputs)?;
     demo.align(prompts)?;
@@ -86,6 +94,26 @@ pub(crate) fn run(workspace: &Workspace, cache: &Cache, options: Options) -> Res
     say!("\n{page}");
     say!("All of it is in {FOLDER}/, this page in {FOLDER}/{REPORT}.");
     stage.end();
+    Ok(())
+}
+
+/// Ctrl-C reaches the running program, too, which needs a moment to stop cleanly: this process
+/// outlives it, and tells how it ended. A second Ctrl-C ends this one at once.
+fn leave_interrupts_to_programs() -> Result<()> {
+    use signal_hook::{consts::SIGINT, flag};
+    const KILLED_BY_SIGINT: i32 = 130;
+    let interrupted = Arc::new(AtomicBool::new(false));
+    flag::register_conditional_shutdown(SIGINT, KILLED_BY_SIGINT, Arc::clone(&interrupted))?;
+    flag::register(SIGINT, interrupted)?;
+    Ok(())
+}
+
+/// Fails unless the step ended well.
+fn check(name: &str, status: ExitStatus, command: &Command) -> Result<()> {
+    if status.code() == Some(STOPPED) {
+        bail!(Ended::Stopped(format!("{name} was stopped; run the demo again to go on")));
+    }
+    ensure!(status.success(), "{status}: {}", terminal::shown(command));
     Ok(())
 }
 
@@ -121,7 +149,9 @@ impl Demo<'_> {
         }
         say!("\n$ {}", terminal::shown(&command));
         let start = Instant::now();
-        terminal::run_silently(&mut command)?;
+        let status =
+            command.status().with_context(|| format!("cannot start {}", words.join(" ")))?;
+        check(name, status, &command)?;
         self.finished(name, start)
     }
 
@@ -170,7 +200,9 @@ impl Demo<'_> {
         self.step(
             "subsample-openorca",
             &[
-                &[step1, "subsample-openorca", "--tokenizer", base][..],
+                &[step1, "subsample-openorca"][..],
+                &CLEANING,
+                &["--tokenizer", base],
                 &["--train-data-path", &openorca],
                 &["--output-path", "runs/demo/openorca_prompts.json"],
                 &["--report", "runs/demo/subsample-openorca"],
@@ -180,7 +212,9 @@ impl Demo<'_> {
         self.step(
             "aggregate-sharegpt",
             &[
-                &[step1, "aggregate-sharegpt", "--data-files", &sharegpt.join(",")][..],
+                &[step1, "aggregate-sharegpt"][..],
+                &CLEANING,
+                &["--data-files", &sharegpt.join(",")],
                 &["--output-file", "runs/demo/sharegpt_prompts.json"],
                 &["--report", "runs/demo/aggregate-sharegpt"],
             ]
@@ -189,7 +223,9 @@ impl Demo<'_> {
         self.step(
             "clean-and-merge",
             &[
-                &[step1, "clean-and-merge", "--tokenizer", base][..],
+                &[step1, "clean-and-merge"][..],
+                &CLEANING,
+                &["--tokenizer", base],
                 &["--sharegpt-prompt-path", "runs/demo/sharegpt_prompts.json"],
                 &["--openorca-prompt-path", "runs/demo/openorca_prompts.json"],
                 &["--dolly", &dolly, "--oasst", &oasst1],
@@ -206,8 +242,9 @@ impl Demo<'_> {
         self.step(
             "generate",
             &[
-                &[step2, "generate", "--checkpoint", "runs/demo/base"][..],
-                &["--meta-prompt-file", PRINCIPLES],
+                &[step2, "generate"][..],
+                &ALIGNMENT,
+                &["--checkpoint", "runs/demo/base"],
                 &["--input-file", "runs/demo/prompts.json", "--limit", &prompts.to_string()],
                 &["--output-file", "runs/demo/aligned.jsonl"],
             ]
@@ -216,9 +253,10 @@ impl Demo<'_> {
         self.step(
             "merge-and-filter",
             &[
-                &[step2, "merge-and-filter", "--meta-prompt-file", PRINCIPLES][..],
+                &[step2, "merge-and-filter"][..],
+                &ALIGNMENT,
                 &["--data-file-pattern", "runs/demo/aligned.jsonl"],
-                &["--dummy-data-file", IDENTITY, "--max-identity-rows", "survivors"],
+                &["--max-identity-rows", "survivors"],
                 &["--output-file", "runs/demo/sft.json"],
             ]
             .concat(),
@@ -230,7 +268,8 @@ impl Demo<'_> {
         self.step(
             "train",
             &[
-                &["step3-principle-engraving", "train", "--config", TRAINING][..],
+                &["step3-principle-engraving", "train"][..],
+                &TRAINING,
                 &["--checkpoint", "runs/demo/base", "--dataset", "runs/demo/sft.json"],
                 &["--output-dir", "runs/demo/engraved"],
             ]
@@ -258,28 +297,32 @@ impl Demo<'_> {
         let system = fs::read_to_string(self.workspace.root().join(SYSTEM_PROMPT))
             .with_context(|| format!("cannot read {SYSTEM_PROMPT}"))?;
         let mut questions = Vec::new();
-        for text in QUESTIONS {
+        for (text, number) in QUESTIONS.into_iter().zip(1..) {
             // The form of step 3's rows; the answers that it trains on begin with a line break.
             let prompt = format!("{}\n{text}\n\n### Dromedary\n", system.trim());
-            let base = self.complete("runs/demo/base", &prompt)?;
-            let engraved = self.complete("runs/demo/model", &prompt)?;
+            let name = format!("question-{number}.txt");
+            fs::write(self.path(&name), prompt).with_context(|| format!("cannot write {name}"))?;
+            let file = format!("{FOLDER}/{name}");
+            say!("\n# {file}: {text}");
+            let base = self.complete("runs/demo/base", &file)?;
+            let engraved = self.complete("runs/demo/model", &file)?;
             questions.push(Question { text: text.to_owned(), base, engraved });
         }
         self.finished("complete", start)?;
         Ok(questions)
     }
 
-    /// What `llama complete` prints.
-    fn complete(&self, checkpoint: &str, prompt: &str) -> Result<String> {
+    /// What `llama complete` prints, without the mark of the user's next turn.
+    fn complete(&self, checkpoint: &str, prompt_file: &str) -> Result<String> {
         let mut command = self.command(
             &[
                 &["llama", "complete", "--checkpoint", checkpoint][..],
-                &["--temperature", "0", "--max-gen-len", "128", "--stop", "### User"],
-                &["--prompt", prompt],
+                &["--temperature", "0", "--max-gen-len", "128", "--stop", NEXT_TURN],
+                &["--prompt-file", prompt_file],
             ]
             .concat(),
         )?;
-        say!("\n$ {}", terminal::shown(&command));
+        say!("$ {}", terminal::shown(&command));
         let mut child =
             command.stdout(Stdio::piped()).spawn().context("cannot start llama complete")?;
         let mut answer = Vec::new();
@@ -287,12 +330,10 @@ impl Demo<'_> {
             output.read_to_end(&mut answer)?;
         }
         let status = child.wait()?;
-        let answer = String::from_utf8_lossy(&answer).trim().to_owned();
-        say!("{answer}");
-        if !status.success() {
-            bail!("{status}: llama complete");
-        }
-        Ok(answer)
+        let answer = String::from_utf8_lossy(&answer);
+        say!("{}", answer.trim());
+        check("complete", status, &command)?;
+        Ok(answer.trim().trim_end_matches(NEXT_TURN).trim_end().to_owned())
     }
 
     fn report(&self, data: String, questions: Vec<Question>) -> Result<Report> {

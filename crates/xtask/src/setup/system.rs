@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 use crate::{
-    NeedsUser,
+    Ended,
     terminal::{self, say},
 };
 
@@ -108,11 +108,11 @@ pub(crate) fn provide(yes: bool) -> Result<()> {
     match decide(means) {
         Decision::Install => {}
         Decision::Ask if asked(&install.join(" "))? => {}
-        Decision::Ask | Decision::Tell if means.apt => bail!(NeedsUser(format!(
+        Decision::Ask | Decision::Tell if means.apt => bail!(Ended::NeedsUser(format!(
             "the system lacks packages; this installs them: {}",
             install.join(" ")
         ))),
-        Decision::Ask | Decision::Tell => bail!(NeedsUser(format!(
+        Decision::Ask | Decision::Tell => bail!(Ended::NeedsUser(format!(
             "the system lacks {}, and there is no apt-get here: install them with your system's \
              package manager (Debian's names: {}) or load your cluster's modules",
             lacking.iter().map(|need| need.what()).collect::<Vec<_>>().join(", "),

@@ -34,7 +34,7 @@ fn built() -> Machine {
            echo '{"step": 1, "loss": 2.5, "tokens": 100, "seconds": 2.0}' \
                > runs/demo/engraved/metrics.jsonl"#,
     );
-    program(&machine, "llama", "[ $1 = merge ] || echo \"$3 answers\"");
+    program(&machine, "llama", "[ $1 = merge ] || printf \"$3 answers\\n\\n### User\"");
     machine
 }
 
@@ -80,7 +80,10 @@ fn the_pipeline_is_run_in_order_and_reported() {
         assert!(page.contains(text), "{text}\n{page}");
     }
     let shown = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(shown.contains("\n$ step2-self-align generate --checkpoint runs/demo/base"), "{shown}");
+    assert!(
+        shown.contains("\n$ step2-self-align generate --config configs/step2_demo.toml"),
+        "{shown}"
+    );
     assert!(shown.contains("--limit 16"), "{shown}");
 }
 
@@ -90,8 +93,8 @@ fn an_interrupted_demo_goes_on_where_it_was() {
     let train = fs::read_to_string(machine.path("target/release/step3-principle-engraving"));
     program(&machine, "step3-principle-engraving", "exit 75");
     let output = demo(&machine, &[]);
-    assert_eq!(output.status.code(), Some(1));
-    assert!(errors(&output).contains("exit status: 75: step3-principle-engraving train"));
+    assert_eq!(output.status.code(), Some(75));
+    assert!(errors(&output).contains("train was stopped"), "{}", errors(&output));
     assert!(!machine.path("checkout/runs/demo/report.md").exists());
 
     fs::write(machine.path("target/release/step3-principle-engraving"), train.unwrap()).unwrap();
@@ -107,12 +110,23 @@ fn an_interrupted_demo_goes_on_where_it_was() {
 }
 
 #[test]
+fn a_failing_step_is_shown_as_typed() {
+    let machine = built();
+    program(&machine, "step3-principle-engraving", "exit 1");
+    let output = demo(&machine, &[]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = errors(&output);
+    assert!(text.contains("exit status: 1: step3-principle-engraving train --config"), "{text}");
+}
+
+#[test]
 fn prompts_of_the_users_are_taken_and_a_lacking_source_is_named() {
     let machine = built();
     for name in ["openorca/a.jsonl", "openorca/b.jsonl", "sharegpt/s.json", "dolly/d.jsonl"] {
         machine.file(&format!("data/{name}"));
     }
     let data = machine.path("data");
+    fs::write(data.join("sharegpt/s.json"), "[]").unwrap();
     let arguments = ["--data", data.to_str().unwrap()];
     let output = demo(&machine, &arguments);
     assert_eq!(output.status.code(), Some(1));
