@@ -1,4 +1,5 @@
-//! From the files to a [`Tokenizer`]: which of the two families it is, and whether the parts fit together.
+//! From the files to a [`Tokenizer`]: which of the two families it is, and whether the parts fit
+//! together.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -419,14 +420,13 @@ impl Builder {
         first_of_template(self.file.post_processor.as_ref()?)
     }
 
-    /// A plain added token with conditions on its surroundings is left to be plain text: no model of the family
-    /// has one, and a text without it is encoded as ever.
+    /// A plain added token with conditions on its surroundings is left to be plain text: no model
+    /// of the family has one, and a text without it is encoded as ever.
     fn added_text(&self) -> Result<Option<AddedText>> {
         let unconditional = |token: &&AddedToken| {
-            !token.special
-                && !token.content.is_empty()
-                && !(token.single_word || token.lstrip || token.rstrip)
-                && !(token.normalized && self.file.normalizer.is_some())
+            let conditional = token.single_word || token.lstrip || token.rstrip;
+            let changed = token.normalized && self.file.normalizer.is_some();
+            !(token.special || token.content.is_empty() || conditional || changed)
         };
         let ids: BTreeMap<String, u32> = self
             .file

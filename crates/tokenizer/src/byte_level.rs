@@ -16,8 +16,8 @@ const SPACE_TAIL: &str = r"\s+(?!\S)|\s+";
 /// One step of cutting a text into parts.
 #[derive(Debug)]
 pub(crate) enum Split {
-    /// Each match is a part, and what lies between matches too. With `space_tail`, the first group is
-    /// `\s+(?!\S)|\s+`.
+    /// Each match is a part, and what lies between matches too. With `space_tail`, the first group
+    /// is `\s+(?!\S)|\s+`.
     Pattern { regex: Box<Regex>, space_tail: bool },
     /// Each run of digits is a part, or each digit.
     Digits { individual: bool },
@@ -154,8 +154,8 @@ impl ByteLevel {
     }
 }
 
-/// The printable stand-in of each byte in byte-level vocabularies: printable Latin-1 bytes stand for
-/// themselves, the others for the characters from U+0100 on.
+/// The printable stand-in of each byte in byte-level vocabularies: printable Latin-1 bytes stand
+/// for themselves, the others for the characters from U+0100 on.
 pub(crate) fn byte_characters() -> [char; 256] {
     let mut others = 0x100..;
     std::array::from_fn(|byte| {

@@ -2,13 +2,14 @@
 //!
 //! # Brief overview
 //!
-//! [`Tokenizer`] reads Hugging Face's `tokenizer.json`, in the two forms that LLaMA models come with
-//! (sentencepiece's pieces with byte fallback, and byte-level pieces), and gives the ids that HF's
-//! `tokenizers` gives for ordinary text. Where training and generation need more, it differs on purpose:
+//! [`Tokenizer`] reads Hugging Face's `tokenizer.json`, in the two forms that LLaMA models come
+//! with (sentencepiece's pieces with byte fallback, and byte-level pieces), and gives the ids that
+//! HF's `tokenizers` gives for ordinary text. Where training and generation need more, it differs
+//! on purpose:
 //!
 //! - `</s>` or `<|im_end|>` in a text is text: control tokens are never made from what users write;
-//! - [`Tokenizer::encode_continuation`] encodes a target so that source and target ids together decode to
-//!   source and target text;
+//! - [`Tokenizer::encode_continuation`] encodes a target so that source and target ids together
+//!   decode to source and target text;
 //! - [`DecodeStream`] never splits a character;
 //! - [`Tokenizer::fits`] bounds a length exactly, mostly without encoding;
 //! - no text takes more than `O(n log n)` time, and none can make encoding fail.

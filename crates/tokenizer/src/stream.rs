@@ -1,7 +1,7 @@
 use crate::Tokenizer;
 
-/// Decodes token by token; what it gives, joined, is what [`Tokenizer::decode`] gives for all tokens at
-/// once.
+/// Decodes token by token; what it gives, joined, is what [`Tokenizer::decode`] gives for all
+/// tokens at once.
 ///
 /// ```no_run
 /// # fn main() -> dromedary_tokenizer::Result<()> {
@@ -23,13 +23,14 @@ pub struct DecodeStream<'t> {
 }
 
 impl<'t> DecodeStream<'t> {
-    /// Decodes as [`Tokenizer::decode`] does: a text of its own, without the space that sentencepiece puts
-    /// before it.
+    /// Decodes as [`Tokenizer::decode`] does: a text of its own, without the space that
+    /// sentencepiece puts before it.
     pub fn new(tokenizer: &'t Tokenizer) -> Self {
         Self { tokenizer, pending: Vec::new(), at_start: true }
     }
 
-    /// Decodes as [`Tokenizer::decode_continuation`] does: what follows other text, with its leading space.
+    /// Decodes as [`Tokenizer::decode_continuation`] does: what follows other text, with its
+    /// leading space.
     pub fn continuation(tokenizer: &'t Tokenizer) -> Self {
         Self { at_start: false, ..Self::new(tokenizer) }
     }
@@ -50,7 +51,8 @@ impl<'t> DecodeStream<'t> {
         (!text.is_empty()).then_some(text)
     }
 
-    /// Gives what is left when no token follows: the replacement character for a character that was cut off.
+    /// Gives what is left when no token follows: the replacement character for a character that was
+    /// cut off.
     pub fn finish(self) -> Option<String> {
         (!self.pending.is_empty()).then(|| String::from_utf8_lossy(&self.pending).into_owned())
     }

@@ -33,8 +33,8 @@ pub(crate) struct AddedText {
 }
 
 impl Tokenizer {
-    /// Reads a `tokenizer.json`, or the one in a folder. A `tokenizer_config.json` beside it says which tokens
-    /// begin and end a text.
+    /// Reads a `tokenizer.json`, or the one in a folder. A `tokenizer_config.json` beside it says
+    /// which tokens begin and end a text.
     ///
     /// # Errors
     /// A file that cannot be read, is damaged, or describes a tokenizer of another family.
@@ -62,8 +62,8 @@ impl Tokenizer {
         self.encode_with_bos(text).len()
     }
 
-    /// True if the text has at most `max_tokens` ids, BOS counted where the model has one. Most texts are
-    /// decided by their length alone.
+    /// True if the text has at most `max_tokens` ids, BOS counted where the model has one. Most
+    /// texts are decided by their length alone.
     pub fn fits(&self, text: &str, max_tokens: usize) -> bool {
         let (least, most) = self.length_bounds(text);
         most <= max_tokens || (least <= max_tokens && self.len_with_bos(text) <= max_tokens)
@@ -91,20 +91,23 @@ impl Tokenizer {
         }
     }
 
-    /// The ids of `target` where it follows `source`: the ids of both, joined, decode to both texts, joined.
+    /// The ids of `target` where it follows `source`: the ids of both, joined, decode to both
+    /// texts, joined.
     ///
-    /// A sentencepiece tokenizer puts a space before each text that it encodes; a target that follows a source
-    /// must not get one. (Dromedary encodes a newline and the target, then drops the newline's tokens; the result
-    /// is the same, and right for byte-level vocabularies too, where the newline may be merged with what follows.)
+    /// A sentencepiece tokenizer puts a space before each text that it encodes; a target that
+    /// follows a source must not get one. (Dromedary encodes a newline and the target, then drops
+    /// the newline's tokens; the result is the same, and right for byte-level vocabularies too,
+    /// where the newline may be merged with what follows.)
     pub fn encode_continuation(&self, source: &str, target: &str) -> Vec<u32> {
         let mut ids = Vec::new();
         self.encode_into(target, source.is_empty(), &mut ids);
         ids
     }
 
-    /// The text of the ids. Special tokens and ids beyond the vocabulary are left out, and so is the space that a
-    /// sentencepiece tokenizer puts before a text. Bytes that are not UTF-8 become U+FFFD (one for each stretch that
-    /// cannot be a character; HF gives up the whole run of byte tokens).
+    /// The text of the ids. Special tokens and ids beyond the vocabulary are left out, and so is
+    /// the space that a sentencepiece tokenizer puts before a text. Bytes that are not UTF-8 become
+    /// U+FFFD (one for each stretch that cannot be a character; HF gives up the whole run of byte
+    /// tokens).
     pub fn decode(&self, ids: &[u32]) -> String {
         self.vocabulary.decode(ids, true)
     }
@@ -119,7 +122,8 @@ impl Tokenizer {
         self.bos
     }
 
-    /// The token that ends a text, as the tokenizer's files name it. Models may have more (`generation_config.json`).
+    /// The token that ends a text, as the tokenizer's files name it. Models may have more
+    /// (`generation_config.json`).
     pub fn eos_id(&self) -> Option<u32> {
         self.eos
     }
@@ -134,7 +138,8 @@ impl Tokenizer {
         self.vocabulary.tokens.len()
     }
 
-    /// The token as the file writes it (sentencepiece's marker or byte-level characters for spaces).
+    /// The token as the file writes it (sentencepiece's marker or byte-level characters for
+    /// spaces).
     pub fn token(&self, id: u32) -> Option<&str> {
         self.vocabulary.token(id).map(|token| &*token.piece)
     }
@@ -211,5 +216,31 @@ impl std::fmt::Debug for Tokenizer {
             .field("eos", &self.eos)
             .field("fingerprint", &self.fingerprint)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Counted, not timed: twice the text, twice the steps.
+    #[test]
+    fn no_text_takes_quadratic_work() {
+        for file in
+            ["../llama/tests/data/stories260k/tokenizer.json", "tests/data/small_byte_level.json"]
+        {
+            let tokenizer =
+                Tokenizer::open(Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).unwrap();
+            for unit in ["a", " ", "\n", "\u{4f60}", "the ", "in", "</s>", "\0", "=", " \n", "1"] {
+                let steps = |times: usize| {
+                    let mut scratch = Scratch::default();
+                    let text = unit.repeat(times);
+                    tokenizer.encoder.encode(&text, true, &mut scratch, &mut Vec::new());
+                    scratch.steps
+                };
+                let (once, twice) = (steps(20_000), steps(40_000));
+                assert!(twice <= 2 * once + 100, "{file} {unit:?}: {once} and {twice} steps");
+            }
+        }
     }
 }

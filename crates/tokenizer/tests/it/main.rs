@@ -1,4 +1,12 @@
 //! Ids against Hugging Face's, over real vocabularies.
 
-mod reference;
-mod vocabularies;
+#![expect(clippy::unwrap_used, reason = "helpers of tests, too")]
+
+mod bounds; // lengths told without encoding
+mod continuation; // the target rule
+mod files; // folders, options, damaged files
+mod golden; // ids made by Hugging Face's Python package, a megabyte of one thing included
+mod reference; // equality with Hugging Face's crate on generated text
+mod special; // names of control tokens in user text
+mod streaming; // token by token
+mod vocabularies; // where vocabularies are, and text to try them with
