@@ -21,6 +21,29 @@ const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
 const PREFIX: &str = "base_model.model.";
 
+/// Settings of PEFT that give the factors another meaning, or other modules.
+const OTHER_METHODS: [&str; 16] = [
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "rank_pattern",
+    "alpha_pattern",
+    "layer_replication",
+    "layers_to_transform",
+    "exclude_modules",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+];
+
+/// Initialisations that take a part of the base away: their adapters do not fit the base as it is.
+const CHANGED_BASE: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
+
 /// The settings of an adapter, by PEFT's names.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraConfig {
@@ -408,20 +431,14 @@ impl PeftConfig {
         if let Some(modules) = self.modules_to_save.as_ref().filter(|value| is_set(value)) {
             return refuse("modules_to_save", modules.to_string(), "none");
         }
-        for key in [
-            "use_dora",
-            "use_qalora",
-            "rank_pattern",
-            "alpha_pattern",
-            "layer_replication",
-            "layers_to_transform",
-            "lora_bias",
-            "target_parameters",
-            "trainable_token_indices",
-        ] {
+        for key in OTHER_METHODS {
             if let Some(value) = self.rest.get(key).filter(|value| is_set(value)) {
                 return refuse(key, value.to_string(), "unset");
             }
+        }
+        let init = self.rest.get("init_lora_weights").and_then(Value::as_str).unwrap_or_default();
+        if CHANGED_BASE.iter().any(|name| init.starts_with(name)) {
+            return refuse("init_lora_weights", init.to_string(), "true, false, gaussian");
         }
         Ok(())
     }

@@ -12,16 +12,20 @@ pub(super) fn filled(
     kind: Kind,
     fill: impl FnOnce(&mut [u8]) -> Result<()>,
 ) -> Result<Tensor> {
-    // Zeroed, not empty: `fill` may read what it is given.
-    let tensor = Tensor::f_zeros(shape, (kind, Device::Cpu))?;
+    let tensor = Tensor::f_empty(shape, (kind, Device::Cpu))?;
     let len = tensor.numel() * kind.elt_size_in_bytes();
     if len == 0 {
         fill(&mut [])?;
         return Ok(tensor);
     }
     // SAFETY: the tensor is new, contiguous, on the CPU and known to nobody else, so its storage
-    // is `len` initialised bytes that nothing else reads or writes while the slice lives.
-    let bytes = unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<u8>(), len) };
+    // is `len` bytes that nothing else reads or writes while the slice lives; they are initialised
+    // before the slice is made. (Not by libtorch, which would wake all its threads for it.)
+    let bytes = unsafe {
+        let start = tensor.data_ptr().cast::<u8>();
+        start.write_bytes(0, len);
+        std::slice::from_raw_parts_mut(start, len)
+    };
     fill(bytes)?;
     Ok(tensor)
 }

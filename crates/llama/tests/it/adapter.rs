@@ -1,6 +1,10 @@
 //! PEFT adapter folders, written and read.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+};
 
 use dromedary_llama::{Adapter, AdapterFile, Checkpoint, Error, LlamaConfig, LoraConfig, LoraPair};
 use serde_json::{Value, json};
@@ -88,6 +92,37 @@ fn files_are_those_of_peft() {
     assert_eq!(header.metadata().as_ref().unwrap()["format"], "pt");
 }
 
+/// What PEFT saved, read and saved again, is what PEFT saved.
+#[test]
+fn an_adapter_of_peft_survives_a_round_trip() {
+    let (peft, dir) = (crate::data().join("peft_adapter"), tempfile::tempdir().unwrap());
+    let path = dir.path().join("adapter");
+    let adapter = Adapter::open(&peft).unwrap();
+    assert_eq!((adapter.config.r, adapter.config.scaling()), (4, 1.5));
+    adapter.save(&path).unwrap();
+    let [theirs, ours] = [&peft, &path].map(|dir| read_json(&dir.join("adapter_config.json")));
+    for (key, value) in ours.as_object().unwrap() {
+        match key.as_str() {
+            "target_modules" => {
+                let names = |value: &Value| {
+                    let names = value.as_array().unwrap().iter();
+                    names.map(|name| name.as_str().unwrap().to_string()).collect::<BTreeSet<_>>()
+                };
+                assert_eq!(names(value), names(&theirs[key]));
+            }
+            _ => assert_eq!(value, &theirs[key], "{key}"),
+        }
+    }
+    let [theirs, ours] =
+        [&peft, &path].map(|dir| fs::read(dir.join("adapter_model.safetensors")).unwrap());
+    let theirs = safetensors::SafeTensors::deserialize(&theirs).unwrap();
+    let ours = safetensors::SafeTensors::deserialize(&ours).unwrap();
+    assert_eq!(ours.len(), theirs.len());
+    for (name, tensor) in theirs.tensors() {
+        assert_eq!(ours.tensor(&name).unwrap(), tensor, "{name}");
+    }
+}
+
 #[test]
 fn the_scale_follows_alpha_and_rank() {
     let config = LoraConfig::default();
@@ -119,6 +154,8 @@ fn other_kinds_of_adapter_are_refused_by_name() {
         (json!({"rank_pattern": {"q_proj": 4}}), "rank_pattern"),
         (json!({"alpha_pattern": {"q_proj": 4}}), "alpha_pattern"),
         (json!({"layers_to_transform": [1]}), "layers_to_transform"),
+        (json!({"exclude_modules": ["k_proj"]}), "exclude_modules"),
+        (json!({"init_lora_weights": "pissa_niter_16"}), "init_lora_weights"),
     ] {
         let text = changed(change).unwrap_err().to_string();
         assert!(text.contains(key) && text.contains("adapter_config.json"), "{text}");

@@ -11,7 +11,7 @@ use dromedary_llama::{
     Checkpoint, DEFAULT_MAX_SHARD_SIZE, Error, MergeOptions, MergeReport, merge,
 };
 use serde_json::{Value, json};
-use tch::Kind;
+use tch::{Kind, Tensor};
 
 use crate::{
     adapter, hostile,
@@ -84,6 +84,28 @@ fn merged_weights_are_base_plus_scaled_product() {
             assert_eq!(copy, fs::read(case.base.path().join(name)).unwrap());
         }
         dromedary_files::Manifest::read(&case.output).unwrap().verify(&case.output).unwrap();
+    }
+}
+
+#[test]
+fn merged_weights_are_those_of_peft() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = MergeOptions {
+        checkpoint: crate::data().join("untied"),
+        adapter: crate::data().join("peft_adapter"),
+        output: dir.path().join("merged"),
+        max_shard_size: DEFAULT_MAX_SHARD_SIZE,
+    };
+    let report = merge(&options, &mut |_| ControlFlow::Continue(())).unwrap();
+    assert_eq!(report.merged, 6);
+    let merged = Checkpoint::open(&options.output).unwrap();
+    let golden = Tensor::read_safetensors(options.adapter.join("merged.safetensors")).unwrap();
+    assert_eq!(golden.len(), 3);
+    for (name, expected) in golden {
+        let got = merged.read(&name).unwrap();
+        let largest = expected.abs().max().double_value(&[]);
+        let difference = (got - expected).abs().max().double_value(&[]);
+        assert!(difference <= 1e-6 * largest, "{name}: {difference} of {largest}");
     }
 }
 
