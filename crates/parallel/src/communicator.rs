@@ -89,8 +89,10 @@ pub trait Communicator: Send {
 /// Ends all ranks of a job; see [`Communicator::abort`].
 #[derive(Clone)]
 pub struct AbortHandle {
-    end: Arc<dyn Fn(i32, &str) + Send + Sync>,
+    end: Arc<End>,
 }
+
+type End = dyn Fn(i32, &str) + Send + Sync;
 
 impl AbortHandle {
     pub(crate) fn new(end: impl Fn(i32, &str) + Send + Sync + 'static) -> Self {

@@ -90,10 +90,10 @@ impl Group {
         let datatype = datatype(operation, kind)?;
         let element = kind.elt_size_in_bytes();
         // SAFETY: reading MPI's own constants.
+        let (sum, max) = unsafe { (ffi::RSMPI_SUM, ffi::RSMPI_MAX) };
         let op = match reduction {
-            Reduction::Sum => unsafe { ffi::RSMPI_SUM },
-            // SAFETY: as above.
-            Reduction::Max => unsafe { ffi::RSMPI_MAX },
+            Reduction::Sum => sum,
+            Reduction::Max => max,
         };
         for chunk in bytes_mut(tensor).chunks_mut(CHUNK_BYTES) {
             let count = (chunk.len() / element) as c_int;

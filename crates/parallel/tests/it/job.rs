@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
 
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_parallel-ranks");
 
@@ -22,6 +23,8 @@ pub(crate) struct Job {
     lines: Receiver<String>,
     /// What the ranks have said so far.
     pub(crate) said: Vec<String>,
+    /// Shared memory of the ranks, which stays behind where they are killed.
+    _memory: TempDir,
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -62,6 +65,8 @@ fn start(mut command: Command, variables: &[(&str, &str)]) -> Job {
     let alone = ONE_JOB.lock().unwrap_or_else(PoisonError::into_inner);
     without_launcher(&mut command);
     command.envs(variables.iter().copied());
+    let memory = tempfile::tempdir().unwrap();
+    command.env("OMPI_MCA_btl_vader_backing_directory", memory.path());
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let (send, lines) = mpsc::channel();
@@ -75,7 +80,7 @@ fn start(mut command: Command, variables: &[(&str, &str)]) -> Job {
             }
         });
     }
-    Job { child, lines, said: Vec::new(), _alone: alone }
+    Job { child, lines, said: Vec::new(), _memory: memory, _alone: alone }
 }
 
 impl Job {

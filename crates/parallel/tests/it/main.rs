@@ -1,5 +1,7 @@
 //! Ranks as threads and as processes: what they promise, and how they end.
 
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
+
 #[path = "../contract/mod.rs"]
 mod contract;
 /// Jobs that fail, started as a user starts them.

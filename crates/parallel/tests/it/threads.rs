@@ -10,6 +10,8 @@ use crate::contract;
 
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
 
+type Call = fn(&ThreadCommunicator) -> Result<(), Error>;
+
 /// `body` on each of `n` ranks; their results in rank order.
 fn on_threads<T: Send + 'static>(
     n: usize,
@@ -43,7 +45,7 @@ fn guarded_threads_keep_the_contract() {
 
 #[test]
 fn other_shapes_kinds_roots_or_collectives_are_errors_on_every_rank() {
-    let calls: [fn(&ThreadCommunicator) -> Result<(), Error>; 4] = [
+    let calls: [Call; 4] = [
         |rank| rank.all_reduce_sum(&mut Tensor::ones([2 + rank.rank() as i64], FLOAT)),
         |rank| {
             let kind = if rank.rank() == 0 { Kind::Float } else { Kind::Half };

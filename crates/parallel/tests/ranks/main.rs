@@ -1,5 +1,7 @@
 //! What the tests start as ranks: the contract, and every way to fail while others wait.
 
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
+
 use std::io::{self, Write as _};
 use std::process::ExitCode;
 use std::thread;

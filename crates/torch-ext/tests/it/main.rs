@@ -1,5 +1,7 @@
 //! What the C++ side promises, against plain libtorch operations.
 
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
+
 use tch::{Device, Kind, Tensor};
 
 /// Backward passes from given gradients.
