@@ -1,7 +1,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use dromedary_command::required;
+use dromedary_command::{Error, required};
 use dromedary_records::{Prompt, RowWriter};
 use serde::{Deserialize, Serialize};
 
@@ -99,7 +99,7 @@ pub struct MergeConfig {
 }
 
 impl TryFrom<MergeArgs> for MergeConfig {
-    type Error = dromedary_command::Error;
+    type Error = Error;
 
     fn try_from(args: MergeArgs) -> dromedary_command::Result<MergeConfig> {
         let config = MergeConfig {
@@ -124,17 +124,16 @@ impl TryFrom<MergeArgs> for MergeConfig {
 
 impl MergeConfig {
     fn check(&self) -> dromedary_command::Result<()> {
-        let usage = dromedary_command::Error::usage;
         let files: Vec<_> =
             Source::ALL.into_iter().filter_map(|source| self.file(source)).collect();
         if files.is_empty() {
-            return Err(usage(
+            return Err(Error::usage(
                 "nothing to merge: give --sharegpt-prompt-path, --openorca-prompt-path, --dolly or \
                  --oasst",
             ));
         }
         if self.min_prompt_len > self.max_prompt_len {
-            return Err(usage(&format!(
+            return Err(Error::usage(format!(
                 "--min-prompt-len {} is more than --max-prompt-len {}",
                 self.min_prompt_len, self.max_prompt_len
             )));

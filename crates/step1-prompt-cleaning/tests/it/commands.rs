@@ -172,7 +172,7 @@ fn rows_beyond_memory_come_back_in_the_same_order() {
         .collect();
     let set: BTreeSet<u64> = numbers.iter().copied().collect();
     assert_eq!(set.len(), 20_000);
-    assert!(numbers.iter().is_sorted_by(|a, b| a < b) == false);
+    assert!(!numbers.is_sorted());
     assert_eq!(folder.names(), ["out.jsonl", "s.jsonl"]);
 }
 

@@ -1,5 +1,7 @@
 //! Integration tests of step 1.
 
+#![allow(clippy::unwrap_used, reason = "clippy does not know helpers of tests for tests")]
+
 /// What the tests share: folders, files of rows, running the binary.
 mod support;
 
