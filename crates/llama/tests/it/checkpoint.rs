@@ -24,7 +24,7 @@ fn refusal(tiny: &Tiny) -> String {
 #[test]
 fn tensors_are_read_as_they_are_stored() {
     for kind in [Kind::Float, Kind::Half, Kind::BFloat16] {
-        let tiny = Tiny::new(1).to_kind(kind);
+        let tiny = Tiny::new(1).stored_as(kind);
         let tiny = if kind == Kind::Half { tiny.single() } else { tiny.sharded(3) };
         let checkpoint = Checkpoint::open(tiny.path()).unwrap();
         assert_eq!(checkpoint.dtype(), tiny::dtype_of(kind));
@@ -54,7 +54,7 @@ fn files_of_transformers_open() {
 
 #[test]
 fn slices_of_all_ranks_are_the_whole() {
-    let tiny = Tiny::new(2).to_kind(Kind::BFloat16).sharded(2);
+    let tiny = Tiny::new(2).stored_as(Kind::BFloat16).sharded(2);
     let checkpoint = Checkpoint::open(tiny.path()).unwrap();
     for tp in 1..=HEADS as usize {
         let plan = Plan::new(checkpoint.config(), tp).unwrap();
@@ -179,7 +179,7 @@ fn weights_that_are_not_finite_are_named() {
     let down = "model.layers.0.mlp.down_proj.weight";
     for kind in [Kind::Float, Kind::Half, Kind::BFloat16] {
         for value in [f64::NAN, f64::INFINITY] {
-            let tiny = Tiny::new(6).to_kind(kind);
+            let tiny = Tiny::new(6).stored_as(kind);
             let _ = tiny.tensors[Q].get(3).get(2).fill_(value);
             let _ = tiny.tensors[down].get(5).get(FFN - 1).fill_(value);
             let tiny = tiny.single();

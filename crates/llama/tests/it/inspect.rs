@@ -38,7 +38,7 @@ fn a_real_checkpoint_is_described() {
 
 #[test]
 fn verify_finds_a_nan_that_opening_cannot_see() {
-    let tiny = Tiny::new(1).to_kind(Kind::BFloat16);
+    let tiny = Tiny::new(1).stored_as(Kind::BFloat16);
     let name = "model.layers.1.post_attention_layernorm.weight";
     let _ = tiny.tensors[name].get(3).fill_(f64::NAN);
     let tiny = tiny.single();

@@ -1,9 +1,12 @@
 //! Integration tests of the LLaMA core.
 
+#![allow(clippy::unwrap_used, reason = "clippy exempts test functions, but not their helpers")]
+
 use std::path::PathBuf;
 
 mod adapter; // PEFT adapter folders
 mod checkpoint; // checkpoint folders: read right, refused by name
+mod complete; // `llama complete`
 mod config; // config.json
 mod engine; // batch generation
 mod hostile; // safetensors files made to do harm

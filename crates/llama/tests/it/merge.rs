@@ -58,7 +58,7 @@ impl Case {
 #[test]
 fn merged_weights_are_base_plus_scaled_product() {
     for (kind, tolerance) in [(Kind::Float, 1e-6), (Kind::BFloat16, 0.005), (Kind::Half, 0.0007)] {
-        let case = case(Tiny::new(3).to_kind(kind).single());
+        let case = case(Tiny::new(3).stored_as(kind).single());
         fs::write(case.base.path().join("tokenizer.json"), "{}").unwrap();
         let report = case.run().unwrap();
         assert_eq!((report.tensors, report.merged), (case.base.tensors.len(), 14));
@@ -137,7 +137,7 @@ fn large_outputs_are_cut_into_files_with_an_index() {
 
 #[test]
 fn mixed_types_stay_as_they_are() {
-    let mut base = Tiny::new(5).to_kind(Kind::BFloat16);
+    let mut base = Tiny::new(5).stored_as(Kind::BFloat16);
     for (name, tensor) in &mut base.tensors {
         if name.contains("norm") {
             *tensor = tensor.to_kind(Kind::Float);
@@ -194,7 +194,7 @@ fn a_merge_that_stops_or_fails_leaves_nothing() {
 
 #[test]
 fn a_sum_that_overflows_its_type_is_an_error() {
-    let base = Tiny::new(8).to_kind(Kind::Half);
+    let base = Tiny::new(8).stored_as(Kind::Half);
     let name = "model.layers.0.self_attn.k_proj.weight";
     let _ = base.tensors[name].get(2).fill_(65_000.0);
     let case = case(base.single());

@@ -86,7 +86,7 @@ impl Tiny {
         self.dir.path()
     }
 
-    pub(crate) fn to_kind(mut self, kind: Kind) -> Self {
+    pub(crate) fn stored_as(mut self, kind: Kind) -> Self {
         self.tensors.values_mut().for_each(|tensor| *tensor = tensor.to_kind(kind));
         self
     }
