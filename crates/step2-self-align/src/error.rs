@@ -1,0 +1,140 @@
+use std::path::PathBuf;
+
+use crate::filter::Report;
+
+/// What can go wrong in this step.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file of prompts, principles or settings cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why it cannot be read.
+        source: std::io::Error,
+    },
+    /// A file cannot be written.
+    #[error("cannot write {}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why it cannot be written.
+        source: std::io::Error,
+    },
+    /// The principles are no TOML, have an unknown key, or break a rule of their form.
+    #[error("{}: {message}", path.display())]
+    Principles {
+        /// The file of principles.
+        path: PathBuf,
+        /// What is wrong, with the key or the number of the rule or exemplar.
+        message: String,
+    },
+    /// The meta prompt of a text file does not end in the mark of the user's turn.
+    #[error("{}: a meta prompt must end in {cue:?}, this one ends in {end:?}", path.display())]
+    MetaPrompt {
+        /// The text file.
+        path: PathBuf,
+        /// The mark that was expected.
+        cue: String,
+        /// The last characters of the file.
+        end: String,
+    },
+    /// The shared prefix is longer than `max_shared_seq_len` allows.
+    #[error(
+        "the prompt before the user's text has {tokens} tokens, max_shared_seq_len allows {limit}"
+    )]
+    PrefixTooLong {
+        /// Its length with this tokenizer.
+        tokens: usize,
+        /// The limit.
+        limit: usize,
+    },
+    /// The input file holds no prompt, or none falls to this group.
+    #[error("{}: {message}", path.display())]
+    NoPrompts {
+        /// The input file.
+        path: PathBuf,
+        /// Whether the file or the group's part of it is empty.
+        message: String,
+    },
+    /// An output that is to be continued was begun with other settings.
+    #[error(
+        "{}: the rows there were made with other settings ({difference}); \
+         name another --output-file or remove it",
+        path.display()
+    )]
+    OtherSettings {
+        /// The output file.
+        path: PathBuf,
+        /// The settings that differ, with both values.
+        difference: String,
+    },
+    /// No file matches the pattern of the merge.
+    #[error("no file matches {pattern:?}")]
+    NoShards {
+        /// The pattern, as it was given.
+        pattern: String,
+    },
+    /// The pattern of the merge is not a pattern.
+    #[error("{pattern:?} is no file pattern: {message}")]
+    Pattern {
+        /// The pattern, as it was given.
+        pattern: String,
+        /// What the parser said.
+        message: String,
+    },
+    /// Generation has not finished a file that is to be merged.
+    #[error(
+        "{}: {message}; finish its generation, or merge what is there with --allow-unfinished",
+        path.display()
+    )]
+    Unfinished {
+        /// The file, or the pattern where a whole shard is missing.
+        path: PathBuf,
+        /// What is missing or does not agree.
+        message: String,
+    },
+    /// A row of identity conversations has no question and answer.
+    #[error("{}: conversation {row}: {message}", path.display())]
+    Identity {
+        /// The file.
+        path: PathBuf,
+        /// Its place in the file, from 1.
+        row: usize,
+        /// What is missing.
+        message: String,
+    },
+    /// The filter kept no row.
+    #[error("no row is left to train on: {report}; see {}", dropped_file.display())]
+    NothingLeft {
+        /// The dropped rows with their rules.
+        dropped_file: PathBuf,
+        /// How many rows each rule dropped.
+        report: Box<Report>,
+    },
+    /// A row file cannot be read or written.
+    #[error(transparent)]
+    Records(#[from] dromedary_records::Error),
+    /// A file cannot be written, continued or locked.
+    #[error(transparent)]
+    Files(#[from] dromedary_files::Error),
+    /// The tokenizer cannot be read.
+    #[error(transparent)]
+    Tokenizer(#[from] dromedary_tokenizer::Error),
+    /// The model cannot be loaded or run.
+    #[error(transparent)]
+    Llama(#[from] dromedary_llama::Error),
+    /// What rank 0 tells the other ranks cannot be written or read.
+    #[error("ranks cannot exchange the prompts: {0}")]
+    Exchange(#[source] serde_json::Error),
+    /// The processes cannot work together.
+    #[error(transparent)]
+    Parallel(#[from] dromedary_parallel::Error),
+    /// A setting is missing or wrong, or a signal stopped the run.
+    #[error(transparent)]
+    Command(#[from] dromedary_command::Error),
+}
+
+/// The result of this crate's functions.
+pub type Result<T> = std::result::Result<T, Error>;
