@@ -12,7 +12,8 @@ use crate::Result;
 /// How the frozen weight of a [`Linear`] is stored.
 #[derive(Debug)]
 pub enum Weight {
-    /// `(O, I)` as libtorch multiplies it.
+    /// `(O, I)` as libtorch multiplies it. Where its kind is not that of the input, it is converted
+    /// for the moment of use: 16-bit weights on a CPU that multiplies in f32.
     Dense(Tensor),
     /// `(O, I)` in the layout of the CPU's matrix units; f32 only.
     Packed(PackedWeight),
@@ -30,7 +31,7 @@ impl Weight {
     /// `x W^T`.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Dense(weight) => Ok(x.f_matmul(&weight.tr())?),
+            Self::Dense(weight) => Ok(x.f_matmul(&weight.f_to_kind(x.kind())?.tr())?),
             Self::Packed(weight) => Ok(frozen_linear(x, weight)?),
         }
     }

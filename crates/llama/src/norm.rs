@@ -6,8 +6,8 @@ use tch::{Kind, Tensor};
 
 /// `y = weight * (x / sqrt(mean(x^2) + eps))`, the statistics in f32.
 ///
-/// The normalised value is rounded to the kind of `x` before the multiplication with the weight, as
-/// LLaMA and HF do; libtorch's `rms_norm` rounds after it, which is another number in bf16.
+/// The normalised value is rounded to the kind of the weight before it is multiplied with it, as LLaMA
+/// and HF do; libtorch's `rms_norm` rounds after it, which is another number in bf16.
 #[derive(Debug)]
 pub struct RmsNorm {
     /// The weight, `(C)`.
@@ -20,12 +20,11 @@ impl RmsNorm {
     /// Normalises each token of `x`.
     ///
     /// # Shapes
-    /// x: `(T, C)`, result: `(T, C)`.
+    /// x: `(T, C)`, result: `(T, C)` in the kind of the weight.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        let kind = x.kind();
         let x = x.to_kind(Kind::Float);
         let mean_square = x.square().mean_dim(-1, true, Kind::Float); // (T, 1)
-        (x * (mean_square + self.eps).rsqrt()).to_kind(kind) * &self.weight // (T, C)
+        (x * (mean_square + self.eps).rsqrt()).to_kind(self.weight.kind()) * &self.weight // (T, C)
     }
 }
 

@@ -1,6 +1,7 @@
 //! The program `llama`: one module per subcommand, each with its flags and its settings.
 
 mod byte_size;
+mod complete;
 mod inspect;
 mod merge;
 
@@ -9,7 +10,7 @@ use std::process::ExitCode;
 use dromedary_command::{Common, init_logging};
 
 /// Names of the tables that a `--config` file may have.
-const SUBCOMMANDS: [&str; 2] = ["inspect", "merge"];
+const SUBCOMMANDS: [&str; 3] = ["complete", "inspect", "merge"];
 
 /// LLaMA checkpoints: look at them, merge adapters into them, run them.
 #[derive(Debug, clap::Parser)]
@@ -23,6 +24,7 @@ pub struct Cli {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
+    Complete(complete::CompleteArgs),
     Inspect(inspect::InspectArgs),
     Merge(merge::MergeArgs),
 }
@@ -36,8 +38,12 @@ pub fn main() -> ExitCode {
 impl Cli {
     fn run(self) -> anyhow::Result<()> {
         let common = self.common;
-        init_logging(0, 1, common.verbosity());
+        // `complete` may be one process of many, and sets up its log itself.
+        if !matches!(self.command, Command::Complete(_)) {
+            init_logging(0, 1, common.verbosity());
+        }
         match self.command {
+            Command::Complete(args) => complete::run(args, &common),
             Command::Inspect(args) => inspect::run(args, &common),
             Command::Merge(args) => merge::run(args, &common),
         }

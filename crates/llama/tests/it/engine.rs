@@ -80,7 +80,7 @@ fn a_row_is_the_same_alone_and_in_any_batch() {
         let reversed = requests.iter().rev().cloned().collect();
         assert_eq!(rows(2, reversed), together);
         for (request, row) in requests.iter().zip(&together) {
-            assert_eq!(rows(1, vec![request.clone()]), [row.clone()]);
+            assert_eq!(rows(1, vec![request.clone()]), std::slice::from_ref(row));
         }
     }
 }

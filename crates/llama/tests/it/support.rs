@@ -28,7 +28,7 @@ pub(crate) fn smollm2() -> Option<PathBuf> {
     if dir.is_none() {
         let required = std::env::var("DROMEDARY_REQUIRE_TEST_DATA").is_ok_and(|value| value == "1");
         assert!(!required, "DROMEDARY_SMOLLM2 must name the model's folder");
-        println!("skipped: DROMEDARY_SMOLLM2 does not name the model's folder");
+        eprintln!("skipped: DROMEDARY_SMOLLM2 does not name the model's folder");
     }
     dir
 }
@@ -50,7 +50,11 @@ impl Loaded {
         Self { model: load(dir, &options), tokenizer: Tokenizer::open(dir).unwrap() }
     }
 
-    pub(crate) fn engine<'a>(&'a self, comm: &'a dyn Communicator, config: EngineConfig) -> Engine<'a> {
+    pub(crate) fn engine<'a>(
+        &'a self,
+        comm: &'a dyn Communicator,
+        config: EngineConfig,
+    ) -> Engine<'a> {
         Engine::new(&self.model, &self.tokenizer, comm, config).unwrap()
     }
 }
