@@ -212,7 +212,8 @@ fn hostile_files_are_refused_quickly_and_in_little_memory() {
 #[test]
 #[ignore = "a child of hostile_files_are_refused_quickly_and_in_little_memory"]
 fn open_all_of_a_folder() {
-    let dir = PathBuf::from(std::env::var(DIR).unwrap());
+    // Unset where somebody asks for all ignored tests: its parent is among them.
+    let Some(dir) = std::env::var_os(DIR).map(PathBuf::from) else { return };
     let mut folders: Vec<_> =
         fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
     folders.sort();

@@ -243,6 +243,7 @@ fn memory_does_not_grow_with_the_model() {
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
+    assert!(text.contains("grew by"), "{text}");
     let merged = Checkpoint::open(&case.output).unwrap();
     assert_same(&merged.read("model.embed_tokens.weight").unwrap(), &embedding);
 }
@@ -250,7 +251,8 @@ fn memory_does_not_grow_with_the_model() {
 #[test]
 #[ignore = "a child of memory_does_not_grow_with_the_model"]
 fn merge_and_measure() {
-    let base = PathBuf::from(std::env::var(BASE).unwrap());
+    // Unset where somebody asks for all ignored tests: its parent is among them.
+    let Some(base) = std::env::var_os(BASE).map(PathBuf::from) else { return };
     let before = hostile::peak_rss_kb();
     let options = MergeOptions {
         adapter: base.join("adapter"),
