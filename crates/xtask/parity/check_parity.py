@@ -155,7 +155,7 @@ def check_programs(checks):
             tokenizer = open_tokenizer(merged)
             rows = [tokenizer.encode(text).ids for text in [prompt, *QUESTIONS, " ".join(map(ANSWER.format, QUESTIONS))]]
             compare(checks, name, checkpoint, adapter, merged, rows, TOLERANCE)
-            check_completion(checks, f"{name} merged", merged, QUESTIONS[0], 32)
+            check_completion(checks, f"{name} merged", merged, prompt, 32)
         check_completion(checks, name, checkpoint, prompt, 64)
 
 
