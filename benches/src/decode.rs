@@ -5,7 +5,8 @@ use std::{ops::ControlFlow, time::Instant};
 use anyhow::{Result, ensure};
 use clap::Args;
 use dromedary_llama::{
-    Checkpoint, Engine, EngineConfig, Event, Llama, LoadOptions, Request, Sampling, Statistics,
+    Checkpoint, Llama, LoadOptions,
+    generation::{Engine, EngineConfig, Event, Request, Sampling, Statistics},
 };
 use dromedary_parallel::SingleProcess;
 use dromedary_tokenizer::Tokenizer;

@@ -5,7 +5,8 @@
 use std::{env, error::Error, ops::ControlFlow, path::PathBuf};
 
 use dromedary_llama::{
-    Checkpoint, Engine, EngineConfig, Event, Llama, LoadOptions, Request, Sampling, eos_token_ids,
+    Checkpoint, Llama, LoadOptions, eos_token_ids,
+    generation::{Engine, EngineConfig, Event, Request, Sampling},
 };
 use dromedary_parallel::SingleProcess;
 use dromedary_records::read_prompts;
