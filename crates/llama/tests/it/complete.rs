@@ -105,6 +105,24 @@ fn a_reader_that_leaves_is_no_failure() {
 }
 
 #[test]
+fn a_signal_ends_it_with_75() {
+    let mut child = program()
+        .args(["--prompt", BEGINNING, "--temperature", "0", "--max-gen-len", "500"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut first = [0; 2];
+    child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+    let kill = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(75));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("stopped after"), "{text}");
+}
+
+#[test]
 fn settings_come_from_a_file_and_are_shown() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("settings.toml");

@@ -12,6 +12,7 @@ mod engine; // batch generation
 mod hostile; // safetensors files made to do harm
 mod inspect; // `llama inspect`
 mod merge; // adapters into their base, `llama merge`
+mod model; // parts of the model, adapters in place
 mod parity; // logits against golden values
 mod plan; // the split over ranks
 mod support; // models run in short

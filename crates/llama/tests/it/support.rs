@@ -34,6 +34,8 @@ pub(crate) fn smollm2() -> Option<PathBuf> {
 }
 
 pub(crate) fn load(dir: &Path, options: &LoadOptions) -> Llama {
+    // Tests run side by side: more threads than cores would wait for each other.
+    tch::set_num_threads(1);
     Llama::load(&Checkpoint::open(dir).unwrap(), options).unwrap()
 }
 
