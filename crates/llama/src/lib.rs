@@ -4,7 +4,10 @@
 //!
 //! A [`Checkpoint`] is a Hugging Face folder that has been checked: its tensors are exactly those
 //! that its [`LlamaConfig`] asks for. A [`Plan`] says which part of each tensor a tensor-parallel
-//! rank owns, and [`Checkpoint::read_slice`] reads that part and no more.
+//! rank owns, and [`Checkpoint::read_slice`] reads that part and no more. [`Llama`] is the model, or
+//! one rank's share of it; its layers are two local halves ([`block`]), so that generation and
+//! training put their own all-reduces around them. A [`generation::Engine`] runs many rows behind one
+//! shared prefix.
 //!
 //! ```no_run
 //! use dromedary_llama::{Checkpoint, Plan};
@@ -36,6 +39,8 @@ mod merge;
 mod model;
 mod norm;
 mod plan;
+#[cfg(doctest)]
+mod readme;
 mod rotary;
 
 pub use adapter::{Adapter, AdapterFile, LoraConfig, LoraPair};
