@@ -24,7 +24,7 @@ const ECHO_SHARE: f64 = 0.5;
 const LOOP_NGRAM: usize = 4;
 const LOOP_SHARE: f64 = 0.3;
 /// Fewer 4-grams than this are too few to speak of a rate.
-const LOOP_AT_LEAST: usize = 16;
+const LOOP_AT_LEAST: usize = 8;
 
 /// Leakage: the share of word 5-grams that stand in the meta prompt and not in the user's text.
 const LEAK_NGRAM: usize = 5;
@@ -53,10 +53,10 @@ pub enum Rule {
     Short,
     /// The answer is the prompt, or holds little else.
     Echo,
-    /// The mark of a turn begins a line of the answer.
+    /// The mark of a turn begins a line in the middle of a paragraph of the answer.
     TurnMark,
-    /// The answer cites a principle by number and name: thoughts went into it.
-    CitesRules,
+    /// The answer holds thoughts: the affirmation, or a principle cited by number and name.
+    Thoughts,
     /// The answer shares too many n-grams with rules and exemplars.
     Leakage,
     /// The answer holds a word of the black list.
@@ -73,7 +73,7 @@ impl Rule {
         Rule::Truncated,
         Rule::Echo,
         Rule::TurnMark,
-        Rule::CitesRules,
+        Rule::Thoughts,
         Rule::Leakage,
         Rule::BlackList,
     ];
@@ -91,7 +91,7 @@ impl Rule {
             Rule::Short => "short",
             Rule::Echo => "echo",
             Rule::TurnMark => "turn_mark",
-            Rule::CitesRules => "cites_rules",
+            Rule::Thoughts => "thoughts",
             Rule::Leakage => "leakage",
             Rule::BlackList => "black_list",
         }
@@ -189,7 +189,7 @@ impl Filter {
             Rule::Truncated => !candidate.complete,
             Rule::Echo => candidate.is_echo(),
             Rule::TurnMark => answer.lines().any(|line| self.opens_turn(line)),
-            Rule::CitesRules => self.cites_rules(answer),
+            Rule::Thoughts => self.holds_thoughts(answer),
             Rule::Leakage => {
                 let own = format!("{}\n{}", candidate.row.instruction, candidate.row.input);
                 let own = Ngrams::of(&own, LEAK_NGRAM);
@@ -205,11 +205,15 @@ impl Filter {
         self.principles.turn_cues().iter().any(|cue| line.trim_start().starts_with(cue))
     }
 
-    fn cites_rules(&self, answer: &str) -> bool {
-        let rules = self.principles.rules.iter().enumerate();
-        rules.into_iter().any(|(index, rule)| {
-            text::contains_phrase(answer, &format!("{} ({})", index + 1, rule.name))
-        })
+    /// A model that cites rules often gets their numbers wrong, so that any number counts.
+    fn holds_thoughts(&self, answer: &str) -> bool {
+        let Principles { affirmation, rules, .. } = &self.principles;
+        answer.contains(affirmation.as_str())
+            || rules.iter().any(|rule| {
+                let name = format!(" ({})", rule.name);
+                let mut cited = answer.match_indices(&name);
+                cited.any(|(at, _)| answer[..at].ends_with(|before: char| before.is_ascii_digit()))
+            })
     }
 
     /// A word that the user wrote may be answered with.
@@ -250,6 +254,8 @@ struct Candidate<'a> {
 }
 
 impl<'a> Candidate<'a> {
+    /// The answer ends where a paragraph opens the next turn, be it the user's or, with small models,
+    /// another one of the assistant's own: what comes before is whole.
     fn new(row: &'a AlignedResponse, principles: &Principles) -> Self {
         let output = row.output.trim_start();
         let mark = format!("\n\n{}", principles.cues.answer);
@@ -257,8 +263,8 @@ impl<'a> Candidate<'a> {
             Some((_, rest)) => (true, rest),
             None => (false, ""),
         };
-        let next_turn = format!("\n\n{}", principles.cues.user);
-        let stops = principles.stop_strings.iter().chain([&next_turn]);
+        let next_turns = principles.turn_cues().map(|cue| format!("\n\n{cue}"));
+        let stops = principles.stop_strings.iter().chain(&next_turns);
         let end = stops.filter_map(|stop| rest.find(stop.as_str())).min();
         let answer = rest[..end.unwrap_or(rest.len())].trim();
         Self {

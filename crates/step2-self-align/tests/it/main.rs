@@ -1,1 +1,18 @@
-//! Integration tests.
+//! Integration tests: one module a part of the step, as a user of library or binary meets it.
+
+/// The original's command lines and the settings files, through the binary.
+mod commands;
+/// `--compat dromedary` against golden rows.
+mod compat;
+/// The hand-made files that come with the project.
+mod dummy_data;
+/// Every rule of the corrected filter: a row that it keeps, a row that it drops.
+mod filter;
+/// Generation through the library: resume, rejected prompts, stops.
+mod generate;
+/// From files of groups to training rows.
+mod merge;
+/// The prompt texts that come with the project.
+mod prompts;
+/// Rows, folders and a small model for the others.
+mod support;
