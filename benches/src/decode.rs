@@ -51,7 +51,7 @@ fn decode(args: &DecodeArgs, batch: usize, model: &Llama, tokenizer: &Tokenizer)
         max_batch_size: batch,
         max_seq_len: args.suffix + args.new,
         max_gen_len: args.new,
-        sampling: Sampling { temperature: 0.7, top_p: 0.95, ..Sampling::default() },
+        sampling: Sampling { temperature: 0.7, top_p: 0.95 },
         // Random text would end at random points: no row may stop early here.
         stop_strings: Vec::new(),
         eos_token_ids: Vec::new(),

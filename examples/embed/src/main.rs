@@ -25,7 +25,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         max_batch_size: rows,
         max_seq_len: 256,
         max_gen_len: 48,
-        sampling: Sampling { temperature: 0.0, ..Sampling::default() },
+        sampling: Sampling { temperature: 0.0, top_p: 1.0 },
         stop_strings: vec!["\n\n".to_owned()],
         eos_token_ids: eos_token_ids(&checkpoint, &tokenizer)?,
     };
