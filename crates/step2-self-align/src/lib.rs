@@ -31,6 +31,8 @@ mod identity;
 mod merge;
 mod output;
 mod principles;
+#[cfg(doctest)]
+mod readme;
 mod rows;
 mod shards;
 mod template;

@@ -64,7 +64,7 @@ impl Done {
             "{{\n  \"rows\": {},\n  \"rejected\": {},\n  \"blake3\": \"{}\"\n}}\n",
             done.rows, done.rejected, done.blake3
         );
-        Ok(write_atomic(&Done::path(shard), text.as_bytes())?)
+        Ok(write_atomic(Done::path(shard), text.as_bytes())?)
     }
 
     /// The mark of a finished file.

@@ -74,7 +74,7 @@ pub(crate) fn contains_phrase(text: &str, phrase: &str) -> bool {
     text.match_indices(phrase).any(|(at, found)| {
         let before = text[..at].chars().next_back().is_some_and(part_of_word);
         let after = text[at + found.len()..].chars().next().is_some_and(part_of_word);
-        !(opens && before) && !(closes && after)
+        !(opens && before || closes && after)
     })
 }
 

@@ -195,6 +195,28 @@ fn a_row_does_not_depend_on_the_rows_beside_it() {
 }
 
 #[test]
+fn ranks_that_hold_one_model_together_give_the_same_rows() {
+    let (alone, together) = (folder_of(&STORIES), folder_of(&STORIES));
+    run(args(alone.path())).unwrap();
+    let config = GenerateConfig::try_from(args(together.path())).unwrap();
+    let stop = StopFlag::default();
+    std::thread::scope(|scope| {
+        for comm in dromedary_parallel::threads(2) {
+            let (config, stop) = (&config, &stop);
+            scope.spawn(move || {
+                let report = generate(config, &comm, 0, stop, false).unwrap();
+                assert_eq!(report.answered, 6);
+            });
+        }
+    });
+    let [alone, together] = [alone, together].map(|folder| {
+        let rows = rows(&folder.path().join("aligned.jsonl"));
+        rows.into_iter().map(|row| (row.id, row.output)).collect::<Vec<_>>()
+    });
+    assert_eq!(together, alone);
+}
+
+#[test]
 fn rows_of_other_settings_are_not_mixed() {
     let folder = folder_of(&STORIES[..2]);
     let folder = folder.path();

@@ -1,5 +1,7 @@
 //! Integration tests: one module a part of the step, as a user of library or binary meets it.
 
+#![allow(clippy::unwrap_used, reason = "clippy does not know helpers of tests for tests")]
+
 /// The original's command lines and the settings files, through the binary.
 mod commands;
 /// `--compat dromedary` against golden rows.

@@ -16,7 +16,7 @@ fn real_tokenizer(file: &str) -> Option<Tokenizer> {
         Some(path) => Some(Tokenizer::open(path).unwrap()),
         None if required => panic!("DROMEDARY_TOKENIZERS names no folder with {file}"),
         None => {
-            println!("skipped: {file}, because DROMEDARY_TOKENIZERS names no folder with it");
+            eprintln!("skipped: {file}, because DROMEDARY_TOKENIZERS names no folder with it");
             None
         }
     }
