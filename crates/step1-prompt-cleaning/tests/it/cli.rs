@@ -232,7 +232,11 @@ fn a_signal_ends_the_work_without_an_output() {
 
 #[test]
 fn the_committed_settings_load_and_flags_win() {
-    for (config, rules) in [("step1_demo.toml", None), ("step1_original.toml", Some("dromedary"))] {
+    for (config, rules) in [
+        ("step1_demo.toml", None),
+        ("step1_llama2_7b.toml", None),
+        ("step1_llama2_70b.toml", Some("dromedary")),
+    ] {
         let config = checkout().join("configs").join(config);
         for args in [
             vec!["subsample-openorca", "--train-data-path", "x.parquet", "--output-path", "y.json"],
