@@ -45,8 +45,9 @@ pub mod text;
 
 pub use clean::{Cleaned, Edit, LANGUAGES, clean};
 pub use commands::{
-    AggregateArgs, AggregateConfig, MergeArgs, MergeConfig, SUBCOMMANDS, Session, SubsampleArgs,
-    SubsampleConfig, aggregate_sharegpt, clean_and_merge, subsample_openorca,
+    AggregateArgs, AggregateConfig, MergeArgs, MergeConfig, SUBCOMMANDS, Session, SharedArgs,
+    SharedConfig, SubsampleArgs, SubsampleConfig, aggregate_sharegpt, clean_and_merge,
+    subsample_openorca,
 };
 pub use dedup::{Fingerprint, KeyedOrder};
 pub use error::{Error, Result};

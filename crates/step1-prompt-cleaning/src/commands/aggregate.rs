@@ -5,17 +5,17 @@ use dromedary_command::required;
 use dromedary_records::RowWriter;
 use serde::{Deserialize, Serialize};
 
-use super::settings::{MAX_BAD_ROWS, refuse_overwriting, share};
+use super::settings::{SharedArgs, SharedConfig, refuse_overwriting};
 use super::{Run, Session, make_report_folder, on_threads, prompt, publish};
 use crate::report::{Report, SourceCounts};
 use crate::sources::{ShareGptOpening, refuse_hub_name};
-use crate::{Compat, DropReason, Fingerprint, Result, Rules, Source, text::strip};
+use crate::{DropReason, Fingerprint, Result, Rules, Source, text::strip};
 
 const COMMAND: &str = "aggregate-sharegpt";
 
 /// Flags of `aggregate-sharegpt`.
 #[derive(Clone, Debug, Default, PartialEq, clap::Args, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default)]
 pub struct AggregateArgs {
     /// ShareGPT files, separated by commas: arrays (.json) or parquet of `conversations`, or .jsonl
     /// with `text`.
@@ -24,18 +24,10 @@ pub struct AggregateArgs {
     /// Where the prompts go: a JSON array, or JSON lines if it ends in .jsonl (.gz and .zst too).
     #[arg(long, value_name = "FILE", alias = "output-path")]
     pub output_file: Option<PathBuf>,
-    /// Follow the original's rules instead of the corrected ones.
-    #[arg(long, value_name = "WHOSE")]
-    pub compat: Option<Compat>,
-    /// Share of rows that may be unreadable before a file is refused [default: 0.001].
-    #[arg(long, value_name = "SHARE")]
-    pub max_bad_rows: Option<f64>,
-    /// Folder that gets report.json: counts by reason [default: none].
-    #[arg(long, value_name = "DIR")]
-    pub report: Option<PathBuf>,
-    /// Threads [default: one a core].
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    /// Flags that every command has.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub shared: SharedArgs,
 }
 
 /// Settings of [`aggregate_sharegpt`].
@@ -45,14 +37,9 @@ pub struct AggregateConfig {
     pub data_files: Vec<PathBuf>,
     /// Where the prompts go.
     pub output_file: PathBuf,
-    /// Whose rules, if not the corrected ones.
-    pub compat: Option<Compat>,
-    /// Share of rows that may be unreadable.
-    pub max_bad_rows: f64,
-    /// Folder of the report.
-    pub report: Option<PathBuf>,
-    /// Threads; 0 is one a core.
-    pub threads: usize,
+    /// Settings that every command has.
+    #[serde(flatten)]
+    pub shared: SharedConfig,
 }
 
 impl TryFrom<AggregateArgs> for AggregateConfig {
@@ -66,14 +53,7 @@ impl TryFrom<AggregateArgs> for AggregateConfig {
             refuse_hub_name(file, "--data-files")?;
         }
         refuse_overwriting(&output_file, &data_files)?;
-        Ok(AggregateConfig {
-            data_files,
-            output_file,
-            compat: args.compat,
-            max_bad_rows: share(args.max_bad_rows, MAX_BAD_ROWS, "--max-bad-rows")?,
-            report: args.report,
-            threads: args.threads.unwrap_or(0),
-        })
+        Ok(AggregateConfig { data_files, output_file, shared: args.shared.try_into()? })
     }
 }
 
@@ -86,14 +66,14 @@ impl TryFrom<AggregateArgs> for AggregateConfig {
 /// A file that cannot be read or written, too many bad rows, no row left, a stop. Nothing is
 /// written then.
 pub fn aggregate_sharegpt(config: &AggregateConfig, session: &Session) -> Result<Report> {
-    on_threads(config.threads, || aggregate(config, session))
+    on_threads(config.shared.threads, || aggregate(config, session))
 }
 
 fn aggregate(config: &AggregateConfig, session: &Session) -> Result<Report> {
-    make_report_folder(config.report.as_deref())?;
-    let rules = Rules::from(config.compat);
+    make_report_folder(config.shared.report.as_deref())?;
+    let rules = Rules::from(config.shared.compat);
     let mut writer = RowWriter::create(&config.output_file)?;
-    let mut run = Run::new(session, config.max_bad_rows);
+    let mut run = Run::new(session, config.shared.max_bad_rows);
     let mut counts = SourceCounts::default();
     let mut seen = BTreeSet::new();
     for file in &config.data_files {
@@ -117,7 +97,7 @@ fn aggregate(config: &AggregateConfig, session: &Session) -> Result<Report> {
     }
     let sources = BTreeMap::from([(Source::ShareGpt.to_string(), counts)]);
     let report = run.report(COMMAND, config, &config.output_file, sources)?;
-    publish(report, writer, config.report.as_deref())
+    publish(report, writer, config.shared.report.as_deref())
 }
 
 fn judge(

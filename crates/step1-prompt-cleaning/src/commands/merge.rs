@@ -6,7 +6,7 @@ use dromedary_records::{Prompt, RowWriter};
 use serde::{Deserialize, Serialize};
 
 use super::settings::{
-    MAX_BAD_ROWS, positive, refuse_overwriting, require_tokenizer_for_compat, share,
+    SharedArgs, SharedConfig, positive, refuse_overwriting, require_tokenizer_for_compat,
 };
 use super::{Run, Session, make_report_folder, on_threads, open_counter, prompt, publish};
 use crate::buckets::KeyedBuckets;
@@ -15,15 +15,15 @@ use crate::sources::{
     AnsweredMessages, DollyPrompt, Fault, OasstMessage, Row, Value, refuse_hub_name, rows,
 };
 use crate::{
-    Compat, DropReason, Edit, Fingerprint, KeyedOrder, LengthRule, Result, Rules, Source,
-    TokenCounter, clean,
+    DropReason, Edit, Fingerprint, KeyedOrder, LengthRule, Result, Rules, Source, TokenCounter,
+    clean,
 };
 
 const COMMAND: &str = "clean-and-merge";
 
 /// Flags of `clean-and-merge`.
 #[derive(Clone, Debug, Default, PartialEq, clap::Args, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default)]
 pub struct MergeArgs {
     /// Output of aggregate-sharegpt.
     #[arg(long, value_name = "FILE")]
@@ -53,18 +53,10 @@ pub struct MergeArgs {
     /// Seed of the order [default: 42].
     #[arg(long)]
     pub seed: Option<u64>,
-    /// Follow the original's rules instead of the corrected ones.
-    #[arg(long, value_name = "WHOSE")]
-    pub compat: Option<Compat>,
-    /// Share of rows that may be unreadable before a file is refused [default: 0.001].
-    #[arg(long, value_name = "SHARE")]
-    pub max_bad_rows: Option<f64>,
-    /// Folder that gets report.json: counts by source and reason [default: none].
-    #[arg(long, value_name = "DIR")]
-    pub report: Option<PathBuf>,
-    /// Threads [default: one a core].
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    /// Flags that every command has.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub shared: SharedArgs,
 }
 
 /// Settings of [`clean_and_merge`].
@@ -88,14 +80,9 @@ pub struct MergeConfig {
     pub max_prompt_len: usize,
     /// Seed of the order.
     pub seed: u64,
-    /// Whose rules, if not the corrected ones.
-    pub compat: Option<Compat>,
-    /// Share of rows that may be unreadable.
-    pub max_bad_rows: f64,
-    /// Folder of the report.
-    pub report: Option<PathBuf>,
-    /// Threads; 0 is one a core.
-    pub threads: usize,
+    /// Settings that every command has.
+    #[serde(flatten)]
+    pub shared: SharedConfig,
 }
 
 impl TryFrom<MergeArgs> for MergeConfig {
@@ -112,10 +99,7 @@ impl TryFrom<MergeArgs> for MergeConfig {
             min_prompt_len: args.min_prompt_len.unwrap_or(2),
             max_prompt_len: positive(args.max_prompt_len.unwrap_or(256), "--max-prompt-len")?,
             seed: args.seed.unwrap_or(42),
-            compat: args.compat,
-            max_bad_rows: share(args.max_bad_rows, MAX_BAD_ROWS, "--max-bad-rows")?,
-            report: args.report,
-            threads: args.threads.unwrap_or(0),
+            shared: args.shared.try_into()?,
         };
         config.check()?;
         Ok(config)
@@ -147,7 +131,7 @@ impl MergeConfig {
             refuse_hub_name(tokenizer, "--tokenizer")?;
         }
         refuse_overwriting(&self.output_file, files)?;
-        require_tokenizer_for_compat(self.compat.is_some(), self.tokenizer.is_some())
+        require_tokenizer_for_compat(self.shared.compat.is_some(), self.tokenizer.is_some())
     }
 
     fn file(&self, source: Source) -> Option<&PathBuf> {
@@ -178,18 +162,18 @@ fn flag(source: Source) -> &'static str {
 /// A file that cannot be read or written, too many bad rows, no row left, a stop. Nothing is
 /// written then.
 pub fn clean_and_merge(config: &MergeConfig, session: &Session) -> Result<Report> {
-    on_threads(config.threads, || merge(config, session))
+    on_threads(config.shared.threads, || merge(config, session))
 }
 
 fn merge(config: &MergeConfig, session: &Session) -> Result<Report> {
-    make_report_folder(config.report.as_deref())?;
+    make_report_folder(config.shared.report.as_deref())?;
     let judge = Judge {
-        rules: config.compat.into(),
+        rules: config.shared.compat.into(),
         counter: open_counter(config.tokenizer.as_deref())?,
         length: LengthRule { min: config.min_prompt_len, max: config.max_prompt_len, suffix: "" },
     };
     let mut writer = RowWriter::create(&config.output_file)?;
-    let mut run = Run::new(session, config.max_bad_rows);
+    let mut run = Run::new(session, config.shared.max_bad_rows);
     let mut merger = Merger::new(config);
     for source in Source::ALL {
         let Some(file) = config.file(source) else {
@@ -208,7 +192,7 @@ fn merge(config: &MergeConfig, session: &Session) -> Result<Report> {
         writer.write(&prompt?)?;
     }
     let report = run.report(COMMAND, config, &config.output_file, merger.counts)?;
-    publish(report, writer, config.report.as_deref())
+    publish(report, writer, config.shared.report.as_deref())
 }
 
 /// What a source offers as a prompt: instruction and input.

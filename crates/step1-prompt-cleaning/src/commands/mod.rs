@@ -16,6 +16,7 @@ use serde::Serialize;
 
 pub use aggregate::{AggregateArgs, AggregateConfig, aggregate_sharegpt};
 pub use merge::{MergeArgs, MergeConfig, clean_and_merge};
+pub use settings::{SharedArgs, SharedConfig};
 pub use subsample::{SubsampleArgs, SubsampleConfig, subsample_openorca};
 
 use crate::report::{InputFile, Report, SourceCounts};

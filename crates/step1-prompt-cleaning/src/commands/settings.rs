@@ -1,12 +1,59 @@
 use std::path::{Path, PathBuf};
 
 use dromedary_command::{Error, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::Compat;
 
 /// A row in a thousand may be bad.
-pub(crate) const MAX_BAD_ROWS: f64 = 0.001;
+const MAX_BAD_ROWS: f64 = 0.001;
+
+/// Flags that every command has.
+#[derive(Clone, Debug, Default, PartialEq, clap::Args, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SharedArgs {
+    /// Follow the original's rules instead of the corrected ones.
+    #[arg(long, value_name = "WHOSE")]
+    pub compat: Option<Compat>,
+    /// Share of rows that may be unreadable before a file is refused [default: 0.001].
+    #[arg(long, value_name = "SHARE")]
+    pub max_bad_rows: Option<f64>,
+    /// Folder that gets report.json: counts by source and reason [default: none].
+    #[arg(long, value_name = "DIR")]
+    pub report: Option<PathBuf>,
+    /// Threads [default: one a core].
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+/// Settings that every command has.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct SharedConfig {
+    /// Whose rules, if not the corrected ones.
+    pub compat: Option<Compat>,
+    /// Share of rows that may be unreadable.
+    pub max_bad_rows: f64,
+    /// Folder of the report.
+    pub report: Option<PathBuf>,
+    /// Threads; 0 is one a core.
+    pub threads: usize,
+}
+
+impl TryFrom<SharedArgs> for SharedConfig {
+    type Error = Error;
+
+    fn try_from(args: SharedArgs) -> Result<SharedConfig> {
+        Ok(SharedConfig {
+            compat: args.compat,
+            max_bad_rows: share(args.max_bad_rows, MAX_BAD_ROWS, "--max-bad-rows")?,
+            report: args.report,
+            threads: args.threads.unwrap_or(0),
+        })
+    }
+}
 
 /// A share between 0 and 1.
-pub(crate) fn share(value: Option<f64>, default: f64, flag: &str) -> Result<f64> {
+fn share(value: Option<f64>, default: f64, flag: &str) -> Result<f64> {
     let share = value.unwrap_or(default);
     if (0.0..=1.0).contains(&share) {
         Ok(share)

@@ -13,7 +13,7 @@ use dromedary_records::RowWriter;
 use serde::{Deserialize, Serialize};
 
 use super::settings::{
-    MAX_BAD_ROWS, positive, refuse_overwriting, require_tokenizer_for_compat, share,
+    SharedArgs, SharedConfig, positive, refuse_overwriting, require_tokenizer_for_compat,
 };
 use super::{Run, Session, make_report_folder, on_threads, open_counter, prompt, publish};
 use crate::buckets::KeyedBuckets;
@@ -21,15 +21,15 @@ use crate::report::{Report, SourceCounts};
 use crate::sources::{OpenOrcaQuestion, Stratum, refuse_hub_name};
 use crate::text::strip;
 use crate::{
-    Compat, DropReason, Edit, Fingerprint, KeyedOrder, LengthRule, Result, Rules, Source,
-    TokenCounter, is_nli_task,
+    DropReason, Edit, Fingerprint, KeyedOrder, LengthRule, Result, Rules, Source, TokenCounter,
+    is_nli_task,
 };
 
 const COMMAND: &str = "subsample-openorca";
 
 /// Flags of `subsample-openorca`.
 #[derive(Clone, Debug, Default, PartialEq, clap::Args, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default)]
 pub struct SubsampleArgs {
     /// OpenOrca as .parquet (or JSON lines, or a JSON array) with the columns `id` and `question`.
     #[arg(long, value_name = "FILE")]
@@ -50,18 +50,10 @@ pub struct SubsampleArgs {
     /// Seed of the sample and of the order [default: 42].
     #[arg(long)]
     pub seed: Option<u64>,
-    /// Follow the original's rules instead of the corrected ones.
-    #[arg(long, value_name = "WHOSE")]
-    pub compat: Option<Compat>,
-    /// Share of rows that may be unreadable before the file is refused [default: 0.001].
-    #[arg(long, value_name = "SHARE")]
-    pub max_bad_rows: Option<f64>,
-    /// Folder that gets report.json: counts by stratum and reason [default: none].
-    #[arg(long, value_name = "DIR")]
-    pub report: Option<PathBuf>,
-    /// Threads [default: one a core].
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    /// Flags that every command has.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub shared: SharedArgs,
 }
 
 /// Settings of [`subsample_openorca`].
@@ -79,14 +71,9 @@ pub struct SubsampleConfig {
     pub max_prompt_len: usize,
     /// Seed of the sample and of the order.
     pub seed: u64,
-    /// Whose rules, if not the corrected ones.
-    pub compat: Option<Compat>,
-    /// Share of rows that may be unreadable.
-    pub max_bad_rows: f64,
-    /// Folder of the report.
-    pub report: Option<PathBuf>,
-    /// Threads; 0 is one a core.
-    pub threads: usize,
+    /// Settings that every command has.
+    #[serde(flatten)]
+    pub shared: SharedConfig,
 }
 
 impl TryFrom<SubsampleArgs> for SubsampleConfig {
@@ -100,7 +87,7 @@ impl TryFrom<SubsampleArgs> for SubsampleConfig {
             refuse_hub_name(tokenizer, "--tokenizer")?;
         }
         refuse_overwriting(&output_path, [&train_data_path])?;
-        require_tokenizer_for_compat(args.compat.is_some(), args.tokenizer.is_some())?;
+        require_tokenizer_for_compat(args.shared.compat.is_some(), args.tokenizer.is_some())?;
         Ok(SubsampleConfig {
             train_data_path,
             output_path,
@@ -111,10 +98,7 @@ impl TryFrom<SubsampleArgs> for SubsampleConfig {
             )?,
             max_prompt_len: positive(args.max_prompt_len.unwrap_or(256), "--max-prompt-len")?,
             seed: args.seed.unwrap_or(42),
-            compat: args.compat,
-            max_bad_rows: share(args.max_bad_rows, MAX_BAD_ROWS, "--max-bad-rows")?,
-            report: args.report,
-            threads: args.threads.unwrap_or(0),
+            shared: args.shared.try_into()?,
         })
     }
 }
@@ -127,18 +111,18 @@ impl TryFrom<SubsampleArgs> for SubsampleConfig {
 /// A file that cannot be read or written, too many bad rows, no row left, a stop. Nothing is
 /// written then.
 pub fn subsample_openorca(config: &SubsampleConfig, session: &Session) -> Result<Report> {
-    on_threads(config.threads, || subsample(config, session))
+    on_threads(config.shared.threads, || subsample(config, session))
 }
 
 fn subsample(config: &SubsampleConfig, session: &Session) -> Result<Report> {
-    make_report_folder(config.report.as_deref())?;
+    make_report_folder(config.shared.report.as_deref())?;
     let judge = Judge {
-        rules: config.compat.into(),
+        rules: config.shared.compat.into(),
         counter: open_counter(config.tokenizer.as_deref())?,
         length: LengthRule { min: 0, max: config.max_prompt_len, suffix: "\n\n" },
     };
     let mut writer = RowWriter::create(&config.output_path)?;
-    let mut run = Run::new(session, config.max_bad_rows);
+    let mut run = Run::new(session, config.shared.max_bad_rows);
     let mut sampler = Sampler::new(config, judge.rules);
     let questions = OpenOrcaQuestion::open(&config.train_data_path)?;
     run.read(
@@ -149,7 +133,7 @@ fn subsample(config: &SubsampleConfig, session: &Session) -> Result<Report> {
     )?;
     let counts = sampler.write(config.max_samples_per_dataset, &mut writer)?;
     let report = run.report(COMMAND, config, &config.output_path, counts)?;
-    publish(report, writer, config.report.as_deref())
+    publish(report, writer, config.shared.report.as_deref())
 }
 
 /// The rules that look at one question.

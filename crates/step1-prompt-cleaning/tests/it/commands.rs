@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 use dromedary_command::StopFlag;
 use dromedary_prompt_cleaning::{
     AggregateArgs, AggregateConfig, Compat, Error, MergeArgs, MergeConfig, Report, Result, Session,
-    SubsampleArgs, SubsampleConfig, aggregate_sharegpt, clean_and_merge, subsample_openorca,
+    SharedArgs, SubsampleArgs, SubsampleConfig, aggregate_sharegpt, clean_and_merge,
+    subsample_openorca,
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use crate::support::{
-    Folder, array, assert_sums, instruction_set, instructions, quiet, small_tokenizer,
+    Folder, array, assert_sums, following, instruction_set, instructions, quiet, small_tokenizer,
 };
 
 fn subsample(args: SubsampleArgs) -> Result<Report> {
@@ -64,7 +65,8 @@ fn dromedarys_sample_compares_exact_texts() {
     let texts = ["What is rain?", "what is rain?", "What is rain?\n", "On the premises.", "", " "];
     let input = folder.lines("o.jsonl", &questions("t0", &texts));
     let output = folder.path("out.json");
-    let args = SubsampleArgs { compat: Some(Compat::Dromedary), ..sample_of(&input, &output) };
+    let args =
+        SubsampleArgs { shared: following(Some(Compat::Dromedary)), ..sample_of(&input, &output) };
     let report = subsample(args).unwrap();
     assert_eq!(instruction_set(&output), ["", "What is rain?", "what is rain?"]);
     assert_eq!(dropped(&report, "openorca/t0", "duplicate"), 2);
@@ -78,7 +80,9 @@ fn of_equal_questions_the_first_stratum_wins_wherever_it_stands() {
     let input = folder.lines("o.jsonl", &rows.concat());
     for compat in [None, Some(Compat::Dromedary)] {
         let output = folder.path("out.json");
-        let report = subsample(SubsampleArgs { compat, ..sample_of(&input, &output) }).unwrap();
+        let report =
+            subsample(SubsampleArgs { shared: following(compat), ..sample_of(&input, &output) })
+                .unwrap();
         assert_eq!(report.sources["openorca/niv"].kept, 1);
         assert_eq!(report.rows_out, 1);
         let nli = |source| dropped(&report, source, "nli_task");
@@ -134,7 +138,7 @@ fn the_order_of_the_rows_and_the_threads_change_nothing() {
     let bytes = |input: &Path, threads| {
         let output = folder.path("out.json");
         subsample(SubsampleArgs {
-            threads: Some(threads),
+            shared: SharedArgs { threads: Some(threads), ..SharedArgs::default() },
             max_samples_per_dataset: Some(5000),
             ..sample_of(input, &output)
         })
@@ -180,7 +184,7 @@ fn aggregate(files: &[PathBuf], output: &Path, compat: Option<Compat>) -> Result
     let args = AggregateArgs {
         data_files: files.to_vec(),
         output_file: Some(output.to_owned()),
-        compat,
+        shared: following(compat),
         ..AggregateArgs::default()
     };
     let report = aggregate_sharegpt(&AggregateConfig::try_from(args).unwrap(), &quiet())?;
@@ -272,7 +276,10 @@ fn the_corrected_merge() {
 #[test]
 fn dromedarys_merge() {
     let folder = Folder::new();
-    let args = MergeArgs { compat: Some(Compat::Dromedary), ..four_sources(&folder, "out.json") };
+    let args = MergeArgs {
+        shared: following(Some(Compat::Dromedary)),
+        ..four_sources(&folder, "out.json")
+    };
     merge(args).unwrap();
     let expected = ["Shared one", "Simplify", "Why?", "a b", "shared one", "support"];
     assert_eq!(instruction_set(&folder.path("out.json")), expected);
@@ -330,7 +337,10 @@ fn bad_rows_are_tolerated_up_to_the_share() {
     assert!(matches!(error, Error::BadRows { row: 8, bad: 3, rows: 2000, .. }), "{error}");
     assert!(error.to_string().contains("o.jsonl: row 8 has no `question`"), "{error}");
     assert!(!output.exists());
-    let tolerant = SubsampleArgs { max_bad_rows: Some(0.01), ..sample_of(&input, &output) };
+    let tolerant = SubsampleArgs {
+        shared: SharedArgs { max_bad_rows: Some(0.01), ..SharedArgs::default() },
+        ..sample_of(&input, &output)
+    };
     assert_eq!(subsample(tolerant).unwrap().rows_out, 1997);
 }
 
@@ -353,8 +363,10 @@ fn a_stop_leaves_nothing_behind() {
 #[test]
 fn the_report_is_written_beside_the_rows() {
     let folder = Folder::new();
-    let args =
-        MergeArgs { report: Some(folder.path("report")), ..four_sources(&folder, "out.json") };
+    let args = MergeArgs {
+        shared: SharedArgs { report: Some(folder.path("report")), ..SharedArgs::default() },
+        ..four_sources(&folder, "out.json")
+    };
     let report = merge(args).unwrap();
     let text = fs::read_to_string(folder.path("report").join("report.json")).unwrap();
     assert_eq!(serde_json::from_str::<Report>(&text).unwrap(), report);
@@ -387,7 +399,7 @@ proptest! {
             rows.iter().map(|(id, text)| json!({"id": id, "question": text})).collect();
         let output = folder.path("out.json");
         let args = SubsampleArgs {
-            compat: Some(Compat::Dromedary),
+            shared: following(Some(Compat::Dromedary)),
             max_prompt_len: Some(12),
             ..sample_of(&folder.lines("o.jsonl", &lines), &output)
         };

@@ -5,7 +5,9 @@ use dromedary_prompt_cleaning::{
     SubsampleArgs, SubsampleConfig, aggregate_sharegpt, clean_and_merge, subsample_openorca,
 };
 
-use crate::support::{Folder, assert_sums, dummy_data, instruction_set, quiet, small_tokenizer};
+use crate::support::{
+    Folder, assert_sums, dummy_data, following, instruction_set, quiet, small_tokenizer,
+};
 
 /// The goldens count with the vocabulary of 512 pieces, so texts have more tokens than in LLaMA's.
 const MAX_PROMPT_LEN: usize = 400;
@@ -20,13 +22,13 @@ fn pipeline(folder: &Folder, compat: Option<Compat>, cap: usize, min_len: usize)
         tokenizer: tokenizer.clone(),
         max_samples_per_dataset: Some(cap),
         max_prompt_len: Some(MAX_PROMPT_LEN),
-        compat,
+        shared: following(compat),
         ..SubsampleArgs::default()
     };
     let aggregate = AggregateArgs {
         data_files: vec![dummy_data("sharegpt.json")],
         output_file: Some(folder.path("sharegpt.json")),
-        compat,
+        shared: following(compat),
         ..AggregateArgs::default()
     };
     let merge = MergeArgs {
@@ -38,7 +40,7 @@ fn pipeline(folder: &Folder, compat: Option<Compat>, cap: usize, min_len: usize)
         tokenizer,
         min_prompt_len: Some(min_len),
         max_prompt_len: Some(MAX_PROMPT_LEN),
-        compat,
+        shared: following(compat),
         ..MergeArgs::default()
     };
     let session = quiet();

@@ -2,7 +2,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use dromedary_prompt_cleaning::{Report, Session, SourceCounts};
+use dromedary_prompt_cleaning::{Compat, Report, Session, SharedArgs, SourceCounts};
 use serde_json::Value;
 
 /// A folder that disappears with the test, and files in it.
@@ -100,6 +100,11 @@ pub(crate) fn instruction_set(path: &Path) -> Vec<String> {
     let mut set = instructions(path);
     set.sort();
     set
+}
+
+/// The flags that say whose rules to follow.
+pub(crate) fn following(compat: Option<Compat>) -> SharedArgs {
+    SharedArgs { compat, ..SharedArgs::default() }
 }
 
 /// Asserts that every row has one fate.
