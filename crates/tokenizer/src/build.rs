@@ -1,31 +1,36 @@
 //! From the files to a [`Tokenizer`]: which of the two families it is, and whether the parts fit
 //! together.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use regex::Regex;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tokenizers::decoders::byte_level::ByteLevel;
+use tokenizers::models::bpe::{BPE, Merges, Vocab};
+use tokenizers::normalizers::{ByteLevel as Spelling, Prepend, Replace, Sequence};
+use tokenizers::pre_tokenizers::digits::Digits;
+use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
+use tokenizers::{AddedToken as Word, AddedVocabulary, NormalizedString, Normalizer as _};
 
-use crate::bpe::{Merges, Table};
-use crate::byte_level::{self, ByteLevel, GPT2_PATTERN, Split};
-use crate::format::{
-    AddedToken, ConfigFile, Decoder, Model, Normalizer, Pattern, PostProcessor, PreTokenizer,
-    PrependScheme, TemplatePiece, TokenizerFile,
-};
-use crate::metaspace::{Cuts, DummyPrefix, MARKER, Metaspace};
-use crate::tokenizer::{AddedText, Encoder};
-use crate::vocabulary::{Token, Vocabulary};
+use crate::format::{ConfigFile, TokenName, TokenizerFile, kind, steps};
+use crate::split::{GPT2_PATTERN, Split};
+use crate::tokenizer::{Decoder, Pipeline, Step, Token, byte_of_token};
 use crate::{Error, Result, Tokenizer};
 
 /// Far more than any vocabulary has: a damaged id must not make us allocate gigabytes.
 const MAX_ID: u32 = 1 << 22;
+
+/// Sentencepiece's stand-in for the space, U+2581.
+const MARKER: char = '\u{2581}';
 
 pub(crate) fn open(path: &Path) -> Result<Tokenizer> {
     let file = if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() };
     if file.extension().is_some_and(|extension| extension == "model") {
         return Err(Error::SentencePieceModel { path: file });
     }
-    let bytes = read(&file)?;
+    let bytes =
+        std::fs::read(&file).map_err(|source| Error::Open { path: file.clone(), source })?;
     let config = match file.file_name() {
         Some(name) if name == "tokenizer.json" => {
             read_config(&file.with_file_name("tokenizer_config.json"))?
@@ -35,10 +40,6 @@ pub(crate) fn open(path: &Path) -> Result<Tokenizer> {
     let parsed = serde_json::from_slice(&bytes)
         .map_err(|source| Error::Parse { path: file.clone(), source })?;
     Builder { path: file, file: parsed, config }.build(&bytes)
-}
-
-fn read(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|source| Error::Open { path: path.to_owned(), source })
 }
 
 fn read_config(path: &Path) -> Result<ConfigFile> {
@@ -59,35 +60,38 @@ struct Builder {
 impl Builder {
     fn build(self, bytes: &[u8]) -> Result<Tokenizer> {
         self.check_model()?;
-        let byte_level = match &self.file.decoder {
-            Some(Decoder::ByteLevel) => true,
-            Some(_) => false,
-            None => return Err(self.unsupported("decoder", "none")),
+        let decoder = self.decoder()?;
+        let byte_level = matches!(decoder, Decoder::ByteLevel(_));
+        let pipeline = |prefix| {
+            if byte_level { self.byte_level(prefix) } else { self.metaspace(prefix) }
         };
-        let encoder = if byte_level {
-            Encoder::ByteLevel(self.byte_level()?)
-        } else {
-            Encoder::Metaspace(self.metaspace()?)
+        let (at_start, continuation) = (pipeline(true)?, pipeline(false)?);
+        let tokens = self.tokens(byte_level, &at_start.normalizer)?;
+        let model = self.model(byte_level)?;
+        let mut added = AddedVocabulary::new();
+        added
+            .add_tokens(self.words(), &model, Some(&at_start.normalizer))
+            .map_err(|error| self.refused(error))?;
+        let named = |name: &str| {
+            self.file.added_tokens.iter().find(|token| token.content == name).map(|token| token.id)
         };
-        let vocabulary = self.vocabulary(byte_level)?;
-        let bos_of_template = self.bos_of_template();
-        let named =
-            |name: &str| self.file.added_tokens.iter().find(|t| t.content == name).map(|t| t.id);
-        let configured = |name: &Option<crate::format::TokenName>| {
-            name.as_ref().and_then(|name| named(name.content()))
-        };
-        let bos = configured(&self.config.bos_token).or(bos_of_template).or_else(|| named("<s>"));
-        let adds_bos = self.config.add_bos_token.unwrap_or(bos_of_template.is_some());
-        let longest =
-            vocabulary.tokens.iter().flatten().map(|token| token.piece.chars().count()).max();
+        let configured =
+            |name: &Option<TokenName>| name.as_ref().and_then(|name| named(name.content()));
+        let template = self.first_of_template()?;
+        let bos = configured(&self.config.bos_token).or(template).or_else(|| named("<s>"));
+        let adds_bos = self.config.add_bos_token.unwrap_or(template.is_some());
+        let longest = tokens.iter().flatten().map(|token| token.piece.chars().count()).max();
         Ok(Tokenizer {
-            encoder,
-            vocabulary,
-            added: self.added_text()?,
+            model,
+            added,
+            at_start,
+            continuation,
+            decoder,
+            tokens,
             bos,
             eos: configured(&self.config.eos_token).or_else(|| named("</s>")),
             adds_bos,
-            longest_piece: longest.unwrap_or(0).max(1),
+            longest_piece: longest.filter(|_| self.keeps_every_character(byte_level)),
             fingerprint: fingerprint(bytes, bos.filter(|_| adds_bos)),
         })
     }
@@ -96,8 +100,13 @@ impl Builder {
         Error::Unsupported { path: self.path.clone(), part, found: found.into() }
     }
 
-    fn inconsistent(&self, message: String) -> Error {
-        Error::Inconsistent { path: self.path.clone(), message }
+    fn inconsistent(&self, message: impl Into<String>) -> Error {
+        Error::Inconsistent { path: self.path.clone(), message: message.into() }
+    }
+
+    /// A reason of the crate's, for which it has no type.
+    fn refused(&self, source: Box<dyn std::error::Error + Send + Sync>) -> Error {
+        self.inconsistent(source.to_string())
     }
 
     fn check_model(&self) -> Result<()> {
@@ -108,343 +117,268 @@ impl Builder {
         if model.dropout.is_some_and(|dropout| dropout > 0.0) {
             return Err(self.unsupported("model", "dropout of merges"));
         }
-        for affix in
-            [&model.continuing_subword_prefix, &model.end_of_word_suffix].into_iter().flatten()
-        {
-            if !affix.is_empty() {
-                return Err(self.unsupported("model", format!("word affix {affix:?}")));
-            }
+        let affixes = [&model.continuing_subword_prefix, &model.end_of_word_suffix];
+        if let Some(affix) = affixes.into_iter().flatten().find(|affix| !affix.is_empty()) {
+            return Err(self.unsupported("model", format!("word affix {affix:?}")));
         }
         if model.vocab.is_empty() {
-            return Err(self.inconsistent("the vocabulary is empty".to_owned()));
+            return Err(self.inconsistent("the vocabulary is empty"));
         }
-        let ids = model.vocab.values().chain(self.file.added_tokens.iter().map(|token| &token.id));
-        match ids.max() {
-            Some(&id) if id >= MAX_ID => {
-                Err(self.inconsistent(format!("token id {id} is out of bounds")))
+        let added = self.file.added_tokens.iter().map(|token| (&token.content, &token.id));
+        if let Some((_, id)) = model.vocab.iter().chain(added).find(|(_, id)| **id >= MAX_ID) {
+            return Err(self.inconsistent(format!("token id {id} is out of bounds")));
+        }
+        match &model.unk_token {
+            Some(name) if !model.vocab.contains_key(name) => {
+                Err(self.inconsistent(format!("unknown token {name:?} is not in the vocabulary")))
             }
             _ => Ok(()),
         }
     }
 
-    /// Tokens that no text may become: control tokens, and the names of byte tokens (`<0x0A>`).
-    fn hidden(&self) -> BTreeSet<u32> {
-        let special =
-            self.file.added_tokens.iter().filter(|token| token.special).map(|token| token.id);
-        let model = &self.file.model;
-        let bytes = byte_tokens(model).into_iter().flat_map(|table| table.into_iter().flatten());
-        special.chain(bytes).collect()
-    }
-
-    fn merges(&self) -> Result<Merges> {
-        let model = &self.file.model;
-        let hidden = self.hidden();
-        let id = |piece: &str| {
-            model.vocab.get(piece).copied().ok_or_else(|| {
-                self.inconsistent(format!("merge needs {piece:?}, which is not in the vocabulary"))
-            })
-        };
-        let mut merges = Merges::default();
-        for (rank, merge) in model.merges.iter().enumerate() {
-            let (left, right) = merge
-                .pair()
-                .ok_or_else(|| self.inconsistent(format!("merge {rank} is not a pair")))?;
-            let merged = id(&format!("{left}{right}"))?;
-            // A conversion from sentencepiece may hold merges that spell out control tokens.
-            if !hidden.contains(&merged) {
-                merges.insert(id(left)?, id(right)?, rank as u32, merged);
-            }
-        }
-        Ok(merges)
-    }
-
-    fn metaspace(&self) -> Result<Metaspace> {
-        let model = &self.file.model;
-        let hidden = self.hidden();
-        let mut characters = Table::default();
-        for (piece, &id) in &model.vocab {
-            let mut chars = piece.chars();
-            if let (Some(c), None, false) = (chars.next(), chars.next(), hidden.contains(&id)) {
-                characters.insert(u32::from(c), id);
-            }
-        }
-        if !characters.contains_key(&u32::from(MARKER)) {
-            return Err(
-                self.inconsistent("the vocabulary has no piece for the space, U+2581".to_owned())
-            );
-        }
-        let (prefix, split) = self.space_handling()?;
-        let cuts = if split {
-            Cuts::BeforeMarkers
-        } else if model.merges.iter().any(crosses_words) {
-            Cuts::Nowhere
-        } else {
-            Cuts::BeforeRunsOfMarkers
-        };
-        let bytes = if model.byte_fallback { byte_tokens(model) } else { None };
-        Ok(Metaspace {
-            prefix,
-            cuts,
-            characters,
-            bytes,
-            unknown: self.unknown()?,
-            fuse_unknown: model.fuse_unk,
-            merges: self.merges()?,
-        })
-    }
-
-    fn unknown(&self) -> Result<Option<u32>> {
-        let model = &self.file.model;
-        match &model.unk_token {
-            None => Ok(None),
-            Some(name) => {
-                match model.vocab.get(name) {
-                    Some(&id) => Ok(Some(id)),
-                    None => Err(self
-                        .inconsistent(format!("unknown token {name:?} is not in the vocabulary"))),
-                }
-            }
-        }
-    }
-
-    /// When a marker is put before a text, and whether each marker begins a word of its own.
-    fn space_handling(&self) -> Result<(DummyPrefix, bool)> {
-        match (&self.file.normalizer, &self.file.pre_tokenizer) {
-            (Some(normalizer), None) => {
-                let mut prepends = false;
-                let mut replaces = false;
-                self.walk_normalizer(normalizer, &mut prepends, &mut replaces)?;
-                if !replaces {
-                    return Err(
-                        self.unsupported("normalizer", "one that leaves spaces as they are")
-                    );
-                }
-                Ok((if prepends { DummyPrefix::Always } else { DummyPrefix::Never }, false))
-            }
-            (
-                None,
-                Some(PreTokenizer::Metaspace { replacement: MARKER, prepend_scheme, split }),
-            ) => {
-                let prefix = match prepend_scheme {
-                    PrependScheme::Always | PrependScheme::First => DummyPrefix::UnlessMarked,
-                    PrependScheme::Never => DummyPrefix::Never,
-                };
-                Ok((prefix, *split))
-            }
-            (None, None) => Err(self.unsupported("normalizer", "none")),
-            _ => Err(self.unsupported("pre_tokenizer", "one that does not fit the decoder")),
-        }
-    }
-
-    fn walk_normalizer(
-        &self,
-        part: &Normalizer,
-        prepends: &mut bool,
-        replaces: &mut bool,
-    ) -> Result<()> {
-        let marker = MARKER.to_string();
-        match part {
-            Normalizer::Sequence { normalizers } => {
-                for part in normalizers {
-                    self.walk_normalizer(part, prepends, replaces)?;
-                }
-                Ok(())
-            }
-            Normalizer::Prepend { prepend } if *prepend == marker && !*prepends => {
-                *prepends = true;
-                Ok(())
-            }
-            Normalizer::Replace { pattern: Pattern::String(space), content }
-                if space == " " && *content == marker =>
-            {
-                *replaces = true;
-                Ok(())
-            }
-            Normalizer::Prepend { prepend } => {
-                Err(self.unsupported("normalizer", format!("prepend {prepend:?}")))
-            }
-            Normalizer::Replace { content, .. } => {
-                Err(self.unsupported("normalizer", format!("replace by {content:?}")))
-            }
-        }
-    }
-
-    fn byte_level(&self) -> Result<ByteLevel> {
-        let model = &self.file.model;
-        if self.file.normalizer.is_some() {
-            return Err(self.unsupported("normalizer", "one before a byte-level vocabulary"));
-        }
-        let mut splits = Vec::new();
-        let mut prefix_space = None;
-        if let Some(pre_tokenizer) = &self.file.pre_tokenizer {
-            self.walk_pre_tokenizer(pre_tokenizer, &mut splits, &mut prefix_space)?;
-        }
-        let Some(prefix_space) = prefix_space else {
-            return Err(self.unsupported(
-                "pre_tokenizer",
-                "none that maps bytes, before a byte-level decoder",
-            ));
-        };
-        let hidden = self.hidden();
-        let bytes = byte_level::byte_characters()
-            .map(|c| model.vocab.get(c.encode_utf8(&mut [0; 4]) as &str).copied())
-            .map(|id| id.filter(|id| !hidden.contains(id)));
-        let whole = model.ignore_merges.then(|| {
-            let shown = model.vocab.iter().filter(|(_, id)| !hidden.contains(id));
-            shown.filter_map(|(piece, &id)| Some((byte_level_bytes(piece)?, id))).collect()
-        });
-        Ok(ByteLevel {
-            splits,
-            prefix_space,
-            bytes: Box::new(bytes),
-            whole,
-            merges: self.merges()?,
-        })
-    }
-
-    fn walk_pre_tokenizer(
-        &self,
-        part: &PreTokenizer,
-        splits: &mut Vec<Split>,
-        prefix_space: &mut Option<bool>,
-    ) -> Result<()> {
-        match part {
-            _ if prefix_space.is_some() => {
-                return Err(self.unsupported("pre_tokenizer", "a step behind the byte-level one"));
-            }
-            PreTokenizer::Sequence { pretokenizers } => {
-                for part in pretokenizers {
-                    self.walk_pre_tokenizer(part, splits, prefix_space)?;
-                }
-            }
-            PreTokenizer::Digits { individual_digits } => {
-                splits.push(Split::Digits { individual: *individual_digits });
-            }
-            PreTokenizer::Split { pattern, behavior, invert } => {
-                if behavior != "Isolated" || *invert {
-                    return Err(self.unsupported("split behavior", &**behavior));
-                }
-                splits.push(match pattern {
-                    Pattern::Regex(pattern) => self.split(pattern)?,
-                    Pattern::String(text) => self.split(&regex::escape(text))?,
-                });
-            }
-            PreTokenizer::ByteLevel { add_prefix_space, use_regex } => {
-                // The space would be put before every part, not before the text.
-                if *add_prefix_space && !splits.is_empty() {
-                    return Err(self.unsupported("pre_tokenizer", "a prefix space behind a split"));
-                }
-                if *use_regex {
-                    splits.push(self.split(GPT2_PATTERN)?);
-                }
-                *prefix_space = Some(*add_prefix_space);
-            }
-            PreTokenizer::Metaspace { .. } => {
-                return Err(
-                    self.unsupported("pre_tokenizer", "Metaspace before a byte-level decoder")
-                );
-            }
-        }
-        Ok(())
-    }
-
-    fn split(&self, pattern: &str) -> Result<Split> {
-        Split::pattern(pattern)
-            .map_err(|error| self.unsupported("split pattern", format!("{pattern:?}: {error}")))
-    }
-
-    fn vocabulary(&self, byte_level: bool) -> Result<Vocabulary> {
+    fn tokens(&self, byte_level: bool, normalizer: &Sequence) -> Result<Vec<Option<Token>>> {
         let mut tokens: Vec<Option<Token>> = Vec::new();
         for (piece, &id) in &self.file.model.vocab {
-            let bytes = if byte_level {
-                // HF decodes a piece with a character outside the byte alphabet as it stands.
-                byte_level_bytes(piece).unwrap_or_else(|| piece.as_bytes().into())
-            } else {
-                metaspace_bytes(piece)
-            };
-            let token = Token { piece: piece.as_str().into(), bytes, special: false };
+            let token = Token { piece: piece.clone(), spelled: piece.clone(), special: false };
             if let Some(other) = place(&mut tokens, id).replace(token) {
                 let message = format!("{:?} and {piece:?} have the same id {id}", other.piece);
                 return Err(self.inconsistent(message));
             }
         }
         for added in &self.file.added_tokens {
-            let token = Token {
-                piece: added.content.as_str().into(),
-                bytes: added.content.as_bytes().into(),
-                special: added.special,
+            let mut spelled = NormalizedString::from(added.content.as_str());
+            // The decoder undoes what is done to texts, but the file has an added token as it is.
+            let normalized = match (byte_level, added.normalized) {
+                (true, _) => Spelling::new().normalize(&mut spelled),
+                (false, true) => normalizer.normalize(&mut spelled),
+                (false, false) => Ok(()),
             };
-            match place(&mut tokens, added.id) {
-                Some(other) if *other.piece != added.content => {
-                    let message =
-                        format!("added token {:?} has the id of {:?}", added.content, other.piece);
-                    return Err(self.inconsistent(message));
-                }
-                slot => *slot = Some(token),
+            normalized.map_err(|error| self.refused(error))?;
+            let (piece, spelled) = (added.content.clone(), spelled.get().to_owned());
+            let in_model = self.file.model.vocab.get(&piece).copied().unwrap_or(added.id);
+            let slot = place(&mut tokens, added.id);
+            if in_model != added.id || slot.as_ref().is_some_and(|other| other.piece != piece) {
+                let id = added.id;
+                let message =
+                    format!("added token {piece:?} does not have the id {id} in the vocabulary");
+                return Err(self.inconsistent(message));
             }
+            *slot = Some(Token { piece, spelled, special: added.special });
         }
-        let strip_leading_space = !byte_level && self.strips_leading_space()?;
-        Ok(Vocabulary { tokens, strip_leading_space })
+        Ok(tokens)
     }
 
-    /// Checks that the decoder is the usual one, and tells whether it drops a leading space.
-    fn strips_leading_space(&self) -> Result<bool> {
-        let mut strips = false;
-        let parts = match &self.file.decoder {
-            Some(Decoder::Sequence { decoders }) => decoders.as_slice(),
-            Some(one) => std::slice::from_ref(one),
-            None => &[],
+    /// The model, without what no text may become: control tokens, and the names of byte tokens
+    /// (`<0x0A>`). The crate needs the names of byte tokens and of the unknown token in the
+    /// vocabulary; that no merge makes them is enough, as long as words are not looked up whole.
+    fn model(&self, byte_level: bool) -> Result<BPE> {
+        let model = &self.file.model;
+        if model.ignore_merges && !byte_level {
+            return Err(self.unsupported("model", "ignore_merges with byte fallback"));
+        }
+        let unknown = model.unk_token.as_ref().filter(|_| !byte_level);
+        let special = self.file.added_tokens.iter().filter(|token| token.special);
+        let special: BTreeSet<&String> = special.map(|token| &token.content).collect();
+        let hidden = |piece: &String| {
+            special.contains(piece) || (!byte_level && byte_of_token(piece).is_some())
         };
-        for part in parts {
-            match part {
-                Decoder::Replace { pattern: Pattern::String(from), content }
-                    if from.chars().eq([MARKER]) && content == " " => {}
-                Decoder::ByteFallback | Decoder::Fuse => {}
-                Decoder::Strip { content: ' ', start: 1, stop: 0 } => strips = true,
-                Decoder::Metaspace { prepend_scheme } => {
-                    strips = *prepend_scheme != PrependScheme::Never
-                }
-                _ => {
-                    return Err(self.unsupported(
-                        "decoder",
-                        "a step that sentencepiece's decoder does not have",
-                    ));
-                }
+        let kept = |piece: &String| !special.contains(piece) || unknown == Some(piece);
+        let pieces = model.vocab.iter().filter(|(piece, _)| kept(piece));
+        // The crate gives an added word the id that the vocabulary has for it.
+        let words = self.file.added_tokens.iter().filter(|token| token.is_plain_word());
+        let words = words.map(|word| (&word.content, &word.id));
+        let vocab: Vocab = pieces.chain(words).map(|(piece, id)| (piece.clone(), *id)).collect();
+        let mut builder = BPE::builder()
+            .vocab_and_merges(vocab, self.merges(hidden)?)
+            .fuse_unk(model.fuse_unk)
+            .byte_fallback(model.byte_fallback && !byte_level)
+            .ignore_merges(model.ignore_merges);
+        if let Some(unknown) = unknown {
+            builder = builder.unk_token(unknown.clone());
+        }
+        builder.build().map_err(|error| self.refused(error))
+    }
+
+    /// All merges but those of hidden pieces: a conversion from sentencepiece may list every way to
+    /// put a piece together, control tokens included.
+    fn merges(&self, hidden: impl Fn(&String) -> bool) -> Result<Merges> {
+        let model = &self.file.model;
+        let mut merges = Merges::new();
+        for (rank, merge) in model.merges.iter().enumerate() {
+            let (left, right) = merge
+                .pair()
+                .ok_or_else(|| self.inconsistent(format!("merge {rank} is not a pair")))?;
+            let pieces = [left.to_owned(), right.to_owned(), format!("{left}{right}")];
+            if let Some(piece) = pieces.iter().find(|piece| !model.vocab.contains_key(*piece)) {
+                let message = format!("merge needs {piece:?}, which is not in the vocabulary");
+                return Err(self.inconsistent(message));
+            }
+            if !pieces.iter().any(&hidden) {
+                let [left, right, _] = pieces;
+                merges.push((left, right));
             }
         }
-        Ok(strips)
+        Ok(merges)
+    }
+
+    /// Plain words that texts are searched for.
+    fn words(&self) -> impl Iterator<Item = Word> {
+        let words = self.file.added_tokens.iter().filter(|token| token.is_plain_word());
+        words.map(|word| Word::from(&*word.content, false).normalized(word.normalized))
+    }
+
+    /// True if each character of any text is in some token.
+    fn keeps_every_character(&self, byte_level: bool) -> bool {
+        let model = &self.file.model;
+        if byte_level {
+            let mut alphabet = ByteLevel::alphabet().into_iter();
+            return alphabet.all(|c| model.vocab.contains_key(c.encode_utf8(&mut [0; 4]) as &str));
+        }
+        let mut bytes = 0..=u8::MAX;
+        model.byte_fallback && bytes.all(|b| model.vocab.contains_key(&format!("<0x{b:02X}>")))
+    }
+
+    /// Markers for spaces, and one before a text if `prefix` and the file asks for it.
+    fn metaspace(&self, prefix: bool) -> Result<Pipeline> {
+        let marker = MARKER.to_string();
+        if !self.file.model.vocab.contains_key(&marker) {
+            return Err(self.inconsistent("the vocabulary has no piece for the space, U+2581"));
+        }
+        let mut pipeline = Pipeline { normalizer: Sequence::new(vec![]), pre_tokenizers: vec![] };
+        match (&self.file.normalizer, &self.file.pre_tokenizer) {
+            (None, Some(step)) if kind(step) == "Metaspace" => {
+                let mut step: Metaspace = self.parse(step)?;
+                if step.get_replacement() != MARKER {
+                    return Err(self.unsupported("pre_tokenizer", "another marker than U+2581"));
+                }
+                if !prefix {
+                    step.set_prepend_scheme(PrependScheme::Never);
+                }
+                pipeline.pre_tokenizers.push(Box::new(step));
+            }
+            (_, Some(step)) => return Err(self.unsupported("pre_tokenizer", step.to_string())),
+            (normalizer, None) => {
+                let normalizer = normalizer.as_ref().unwrap_or(&Value::Null);
+                let prepends = prefix && self.prepends_marker(normalizer)?;
+                let replace = Replace::new(" ", &*marker).map_err(|error| self.refused(error))?;
+                let prepend = prepends.then(|| Prepend::new(marker).into());
+                let steps = prepend.into_iter().chain([replace.into()]).collect();
+                pipeline.normalizer = Sequence::new(steps);
+            }
+        }
+        Ok(pipeline)
+    }
+
+    /// Checks that a normalizer puts markers for spaces; tells whether it puts one before a text.
+    fn prepends_marker(&self, normalizer: &Value) -> Result<bool> {
+        let prepend = json!({ "type": "Prepend", "prepend": "\u{2581}" });
+        let spaces = json!({ "String": " " });
+        let replace = json!({ "type": "Replace", "pattern": spaces, "content": "\u{2581}" });
+        match steps(normalizer, "normalizers").as_slice() {
+            [one] if **one == replace => Ok(false),
+            [first, second] if **first == prepend && **second == replace => Ok(true),
+            _ => Err(self.unsupported("normalizer", normalizer.to_string())),
+        }
+    }
+
+    /// Splits, then bytes; a space before a text if `prefix` and the file asks for it.
+    fn byte_level(&self, prefix: bool) -> Result<Pipeline> {
+        if let Some(normalizer) = &self.file.normalizer {
+            return Err(self.unsupported("normalizer", normalizer.to_string()));
+        }
+        let file = self.file.pre_tokenizer.as_ref().unwrap_or(&Value::Null);
+        let mut cuts = steps(file, "pretokenizers");
+        let Some(last) = cuts.pop().filter(|step| kind(step) == "ByteLevel") else {
+            return Err(self.unsupported("pre_tokenizer", file.to_string()));
+        };
+        let bytes: ByteLevel = self.parse(last)?;
+        if bytes.add_prefix_space && !cuts.is_empty() {
+            // The space would be put before every part, not before the text.
+            return Err(self.unsupported("pre_tokenizer", "a prefix space behind a split"));
+        }
+        let mut pre_tokenizers = Vec::new();
+        for step in cuts {
+            pre_tokenizers.push(self.cut(step)?);
+        }
+        let space = bytes.add_prefix_space && prefix;
+        if bytes.use_regex {
+            pre_tokenizers.push(self.split(GPT2_PATTERN, space)?);
+        }
+        let bytes = bytes.add_prefix_space(space && !bytes.use_regex).use_regex(false);
+        pre_tokenizers.push(Box::new(bytes));
+        Ok(Pipeline { normalizer: Sequence::new(vec![]), pre_tokenizers })
+    }
+
+    /// A step before bytes are mapped.
+    fn cut(&self, step: &Value) -> Result<Step> {
+        match kind(step) {
+            "Digits" => Ok(Box::new(self.parse::<Digits>(step)?)),
+            "Split" if step["behavior"] == "Isolated" && step["invert"] != true => {
+                let pattern = &step["pattern"];
+                match (pattern["Regex"].as_str(), pattern["String"].as_str()) {
+                    (Some(pattern), _) => self.split(pattern, false),
+                    (_, Some(text)) => self.split(&regex::escape(text), false),
+                    _ => Err(self.unsupported("split pattern", pattern.to_string())),
+                }
+            }
+            _ => Err(self.unsupported("pre_tokenizer", step.to_string())),
+        }
+    }
+
+    fn split(&self, pattern: &str, prefix_space: bool) -> Result<Step> {
+        match Split::new(pattern, prefix_space) {
+            Ok(split) => Ok(Box::new(split)),
+            Err(error) => Err(self.unsupported("split pattern", format!("{pattern:?}: {error}"))),
+        }
+    }
+
+    /// Byte-level, or the usual steps of sentencepiece's decoder.
+    fn decoder(&self) -> Result<Decoder> {
+        let file = self.file.decoder.as_ref().unwrap_or(&Value::Null);
+        if kind(file) == "ByteLevel" {
+            return Ok(Decoder::ByteLevel(ByteLevel::default()));
+        }
+        let marker = json!({ "String": "\u{2581}" });
+        let replace = json!({ "type": "Replace", "pattern": marker, "content": " " });
+        let strip = json!({ "type": "Strip", "content": " ", "start": 1, "stop": 0 });
+        let mut strips_first = false;
+        for step in steps(file, "decoders") {
+            match kind(step) {
+                "ByteFallback" | "Fuse" => {}
+                "Metaspace" => {
+                    let step: Metaspace = self.parse(step)?;
+                    strips_first = step.prepend_scheme != PrependScheme::Never;
+                }
+                _ if *step == replace => {}
+                _ if *step == strip => strips_first = true,
+                _ => return Err(self.unsupported("decoder", step.to_string())),
+            }
+        }
+        let spaces = Replace::new(MARKER.to_string(), " ").map_err(|error| self.refused(error))?;
+        Ok(Decoder::Metaspace { spaces, strips_first })
     }
 
     /// The special token that the post-processor puts before a single text.
-    fn bos_of_template(&self) -> Option<u32> {
-        first_of_template(self.file.post_processor.as_ref()?)
+    fn first_of_template(&self) -> Result<Option<u32>> {
+        let Some(file) = &self.file.post_processor else { return Ok(None) };
+        let mut first = None;
+        for step in steps(file, "processors") {
+            match kind(step) {
+                "TemplateProcessing" => {
+                    let name = step["single"][0]["SpecialToken"]["id"].as_str().unwrap_or_default();
+                    let id = step["special_tokens"][name]["ids"][0].as_u64();
+                    first = first.or(id.and_then(|id| id.try_into().ok()));
+                }
+                "ByteLevel" => {}
+                _ => return Err(self.unsupported("post_processor", step.to_string())),
+            }
+        }
+        Ok(first)
     }
 
-    /// A plain added token with conditions on its surroundings is left to be plain text: no model
-    /// of the family has one, and a text without it is encoded as ever.
-    fn added_text(&self) -> Result<Option<AddedText>> {
-        let unconditional = |token: &&AddedToken| {
-            let conditional = token.single_word || token.lstrip || token.rstrip;
-            let changed = token.normalized && self.file.normalizer.is_some();
-            !(token.special || token.content.is_empty() || conditional || changed)
-        };
-        let ids: BTreeMap<String, u32> = self
-            .file
-            .added_tokens
-            .iter()
-            .filter(unconditional)
-            .map(|token| (token.content.clone(), token.id))
-            .collect();
-        if ids.is_empty() {
-            return Ok(None);
-        }
-        let mut contents: Vec<&String> = ids.keys().collect();
-        contents.sort_by_key(|content| std::cmp::Reverse(content.len()));
-        let alternatives: Vec<String> =
-            contents.into_iter().map(|content| regex::escape(content)).collect();
-        let pattern = Regex::new(&alternatives.join("|"))
-            .map_err(|error| self.unsupported("added tokens", error.to_string()))?;
-        Ok(Some(AddedText { pattern, ids }))
+    /// A step as the crate reads it.
+    fn parse<T: DeserializeOwned>(&self, step: &Value) -> Result<T> {
+        T::deserialize(step).map_err(|source| Error::Parse { path: self.path.clone(), source })
     }
 }
 
@@ -454,57 +388,6 @@ fn place(tokens: &mut Vec<Option<Token>>, id: u32) -> &mut Option<Token> {
         tokens.resize(index + 1, None);
     }
     &mut tokens[index]
-}
-
-/// The ids of `<0x00>` to `<0xFF>`, if the vocabulary has any of them.
-fn byte_tokens(model: &Model) -> Option<Box<[Option<u32>; 256]>> {
-    let table: [Option<u32>; 256] =
-        std::array::from_fn(|byte| model.vocab.get(&format!("<0x{byte:02X}>")).copied());
-    table.iter().any(Option::is_some).then(|| Box::new(table))
-}
-
-/// True if the merge makes a piece in which a marker follows another character.
-fn crosses_words(merge: &crate::format::Merge) -> bool {
-    let Some((left, right)) = merge.pair() else { return false };
-    let mut previous = MARKER;
-    left.chars().chain(right.chars()).any(|c| {
-        let crosses = c == MARKER && previous != MARKER;
-        previous = c;
-        crosses
-    })
-}
-
-fn metaspace_bytes(piece: &str) -> Box<[u8]> {
-    match byte_of_token(piece) {
-        Some(byte) => [byte].into(),
-        None => piece.replace(MARKER, " ").into_bytes().into(),
-    }
-}
-
-/// The byte of `<0x0A>`.
-fn byte_of_token(piece: &str) -> Option<u8> {
-    let hex = piece.strip_prefix("<0x")?.strip_suffix('>')?;
-    (hex.len() == 2).then(|| u8::from_str_radix(hex, 16).ok()).flatten()
-}
-
-/// The bytes that a byte-level piece stands for; none if a character is outside its alphabet.
-fn byte_level_bytes(piece: &str) -> Option<Box<[u8]>> {
-    let alphabet = byte_level::byte_characters();
-    piece
-        .chars()
-        .map(|c| alphabet.iter().position(|&other| other == c).map(|byte| byte as u8))
-        .collect()
-}
-
-fn first_of_template(processor: &PostProcessor) -> Option<u32> {
-    match processor {
-        PostProcessor::Sequence { processors } => processors.iter().find_map(first_of_template),
-        PostProcessor::TemplateProcessing { single, special_tokens } => match single.first()? {
-            TemplatePiece::SpecialToken { id } => special_tokens.get(id)?.ids.first().copied(),
-            TemplatePiece::Sequence {} => None,
-        },
-        PostProcessor::ByteLevel => None,
-    }
 }
 
 fn fingerprint(bytes: &[u8], leading_bos: Option<u32>) -> String {

@@ -1,18 +1,19 @@
-//! The parts of `tokenizer.json` and `tokenizer_config.json` that LLaMA's family uses. A part of
-//! another kind is a parse error that names it, so that nothing is silently tokenised differently.
+//! The parts of `tokenizer.json` and `tokenizer_config.json` that are checked or changed before the
+//! crate gets them.
 
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
+use serde_json::Value;
 
 #[derive(Deserialize)]
 pub(crate) struct TokenizerFile {
     #[serde(default)]
     pub(crate) added_tokens: Vec<AddedToken>,
-    pub(crate) normalizer: Option<Normalizer>,
-    pub(crate) pre_tokenizer: Option<PreTokenizer>,
-    pub(crate) post_processor: Option<PostProcessor>,
-    pub(crate) decoder: Option<Decoder>,
+    pub(crate) normalizer: Option<Value>,
+    pub(crate) pre_tokenizer: Option<Value>,
+    pub(crate) post_processor: Option<Value>,
+    pub(crate) decoder: Option<Value>,
     pub(crate) model: Model,
 }
 
@@ -30,6 +31,15 @@ pub(crate) struct AddedToken {
     pub(crate) normalized: bool,
     #[serde(default)]
     pub(crate) special: bool,
+}
+
+impl AddedToken {
+    /// A plain word that texts are searched for. Conditions on a word's surroundings make the
+    /// search quadratic; no model of the family has them on a plain word, which then is text.
+    pub(crate) fn is_plain_word(&self) -> bool {
+        let conditional = self.single_word || self.lstrip || self.rstrip;
+        !(self.special || conditional || self.content.is_empty())
+    }
 }
 
 #[derive(Deserialize)]
@@ -72,111 +82,17 @@ impl Merge {
     }
 }
 
-#[derive(Deserialize)]
-pub(crate) enum Pattern {
-    String(String),
-    Regex(String),
+/// The steps of a normalizer, pre-tokenizer, post-processor or decoder; `key` is where a sequence
+/// of that kind holds them.
+pub(crate) fn steps<'f>(part: &'f Value, key: &str) -> Vec<&'f Value> {
+    match (kind(part), part[key].as_array()) {
+        ("Sequence", Some(parts)) => parts.iter().flat_map(|part| steps(part, key)).collect(),
+        _ => vec![part],
+    }
 }
 
-#[derive(Deserialize)]
-#[serde(tag = "type")]
-pub(crate) enum Normalizer {
-    Sequence { normalizers: Vec<Normalizer> },
-    Prepend { prepend: String },
-    Replace { pattern: Pattern, content: String },
-}
-
-#[derive(Deserialize)]
-#[serde(tag = "type")]
-pub(crate) enum PreTokenizer {
-    Sequence {
-        pretokenizers: Vec<PreTokenizer>,
-    },
-    ByteLevel {
-        #[serde(default = "yes")]
-        add_prefix_space: bool,
-        #[serde(default = "yes")]
-        use_regex: bool,
-    },
-    Digits {
-        #[serde(default)]
-        individual_digits: bool,
-    },
-    Split {
-        pattern: Pattern,
-        behavior: String,
-        #[serde(default)]
-        invert: bool,
-    },
-    Metaspace {
-        replacement: char,
-        #[serde(default)]
-        prepend_scheme: PrependScheme,
-        #[serde(default = "yes")]
-        split: bool,
-    },
-}
-
-#[derive(Deserialize, Default, Clone, Copy, PartialEq, Eq)]
-#[serde(rename_all = "snake_case")]
-pub(crate) enum PrependScheme {
-    #[default]
-    Always,
-    First,
-    Never,
-}
-
-fn yes() -> bool {
-    true
-}
-
-#[derive(Deserialize)]
-#[serde(tag = "type")]
-pub(crate) enum Decoder {
-    Sequence {
-        decoders: Vec<Decoder>,
-    },
-    Replace {
-        pattern: Pattern,
-        content: String,
-    },
-    ByteFallback,
-    Fuse,
-    Strip {
-        content: char,
-        start: usize,
-        stop: usize,
-    },
-    ByteLevel,
-    Metaspace {
-        #[serde(default)]
-        prepend_scheme: PrependScheme,
-    },
-}
-
-#[derive(Deserialize)]
-#[serde(tag = "type")]
-pub(crate) enum PostProcessor {
-    Sequence {
-        processors: Vec<PostProcessor>,
-    },
-    TemplateProcessing {
-        single: Vec<TemplatePiece>,
-        #[serde(default)]
-        special_tokens: BTreeMap<String, TemplateToken>,
-    },
-    ByteLevel,
-}
-
-#[derive(Deserialize)]
-pub(crate) enum TemplatePiece {
-    SpecialToken { id: String },
-    Sequence {},
-}
-
-#[derive(Deserialize)]
-pub(crate) struct TemplateToken {
-    pub(crate) ids: Vec<u32>,
+pub(crate) fn kind(step: &Value) -> &str {
+    step["type"].as_str().unwrap_or_default()
 }
 
 /// The keys of `tokenizer_config.json` that matter here; the file has many more.

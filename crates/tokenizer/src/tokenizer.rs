@@ -1,35 +1,58 @@
 use std::path::Path;
 
-use crate::Result;
-use crate::bpe::Scratch;
-use crate::build;
-use crate::byte_level::ByteLevel;
-use crate::metaspace::{DummyPrefix, Metaspace};
-use crate::vocabulary::Vocabulary;
+use tokenizers::decoders::byte_level::ByteLevel;
+use tokenizers::models::bpe::BPE;
+use tokenizers::normalizers::{Replace, Sequence};
+use tokenizers::{AddedVocabulary, Decoder as _, Model as _, OffsetType, PreTokenizer};
+
+use crate::{Result, build};
 
 /// A tokenizer of the LLaMA family. It can be shared between threads.
 pub struct Tokenizer {
-    pub(crate) encoder: Encoder,
-    pub(crate) vocabulary: Vocabulary,
-    pub(crate) added: Option<AddedText>,
+    pub(crate) model: BPE,
+    /// Plain words that the model was given later.
+    pub(crate) added: AddedVocabulary,
+    pub(crate) at_start: Pipeline,
+    /// For a text that follows another: without the space that some files put before a text.
+    pub(crate) continuation: Pipeline,
+    pub(crate) decoder: Decoder,
+    /// By id; `None` where the file leaves an id out.
+    pub(crate) tokens: Vec<Option<Token>>,
     pub(crate) bos: Option<u32>,
     pub(crate) eos: Option<u32>,
     pub(crate) adds_bos: bool,
-    /// Characters (sentencepiece) or bytes (byte-level) of the longest token.
-    pub(crate) longest_piece: usize,
+    /// Characters (sentencepiece) or bytes (byte-level) of the longest token, if each character of
+    /// any text is in some token.
+    pub(crate) longest_piece: Option<usize>,
     pub(crate) fingerprint: String,
 }
 
-pub(crate) enum Encoder {
-    Metaspace(Metaspace),
-    ByteLevel(ByteLevel),
+/// One token of the vocabulary.
+#[derive(Clone)]
+pub(crate) struct Token {
+    /// As the file writes it.
+    pub(crate) piece: String,
+    /// As the decoder reads it.
+    pub(crate) spelled: String,
+    /// Decoding leaves it out.
+    pub(crate) special: bool,
 }
 
-/// Added tokens that are not special: plain words that the model was given later.
-pub(crate) struct AddedText {
-    /// All contents, the longest first.
-    pub(crate) pattern: regex::Regex,
-    pub(crate) ids: std::collections::BTreeMap<String, u32>,
+/// What happens to a text before the merges.
+pub(crate) struct Pipeline {
+    pub(crate) normalizer: Sequence,
+    pub(crate) pre_tokenizers: Vec<Step>,
+}
+
+pub(crate) type Step = Box<dyn PreTokenizer + Send + Sync>;
+
+pub(crate) enum Decoder {
+    ByteLevel(ByteLevel),
+    /// Spaces for markers, and one space fewer at the start if the encoder puts one there.
+    Metaspace {
+        spaces: Replace,
+        strips_first: bool,
+    },
 }
 
 impl Tokenizer {
@@ -44,51 +67,35 @@ impl Tokenizer {
 
     /// The ids of a text, without BOS. Special tokens' names in the text are plain text.
     pub fn encode(&self, text: &str) -> Vec<u32> {
-        let mut ids = Vec::new();
-        self.encode_into(text, true, &mut ids);
-        ids
+        self.ids(&self.at_start, text)
     }
 
     /// The ids of a text, behind BOS if the model's texts begin with it.
     pub fn encode_with_bos(&self, text: &str) -> Vec<u32> {
-        let mut ids = Vec::new();
-        ids.extend(self.leading_bos());
-        self.encode_into(text, true, &mut ids);
-        ids
+        self.leading_bos().into_iter().chain(self.encode(text)).collect()
     }
 
     /// Number of ids that [`Self::encode_with_bos`] gives.
     pub fn len_with_bos(&self, text: &str) -> usize {
-        self.encode_with_bos(text).len()
+        usize::from(self.adds_bos()) + self.encode(text).len()
     }
 
     /// True if the text has at most `max_tokens` ids, BOS counted where the model has one. Most
     /// texts are decided by their length alone.
     pub fn fits(&self, text: &str, max_tokens: usize) -> bool {
-        let (least, most) = self.length_bounds(text);
-        most <= max_tokens || (least <= max_tokens && self.len_with_bos(text) <= max_tokens)
-    }
-
-    /// Bounds of [`Self::len_with_bos`] that need no encoding.
-    pub(crate) fn length_bounds(&self, text: &str) -> (usize, usize) {
-        let bos = usize::from(self.leading_bos().is_some());
-        // An added token can be longer than any piece, and each one can start a new prefix.
-        if self.added.is_some() {
-            return (bos, usize::MAX);
-        }
-        match &self.encoder {
-            Encoder::Metaspace(encoder) => {
-                let prefix = usize::from(encoder.wants_prefix(text));
-                let least =
-                    if encoder.keeps_every_character() { text.chars().count() + prefix } else { 0 };
-                (bos + least.div_ceil(self.longest_piece), bos + text.len() + prefix)
+        let bos = usize::from(self.adds_bos());
+        // An added word can be longer than any piece, and each one can start a new prefix.
+        if self.added.is_empty() {
+            let least = self.longest_piece.map_or(0, |piece| text.chars().count().div_ceil(piece));
+            let most = text.len() + 1; // with a prefix
+            if bos + most <= max_tokens {
+                return true;
             }
-            Encoder::ByteLevel(encoder) => {
-                let covered = encoder.covered_bytes(text);
-                let prefix = usize::from(encoder.wants_prefix(text));
-                (bos + covered.div_ceil(self.longest_piece), bos + text.len() + prefix)
+            if bos + least > max_tokens {
+                return false;
             }
         }
+        self.len_with_bos(text) <= max_tokens
     }
 
     /// The ids of `target` where it follows `source`: the ids of both, joined, decode to both
@@ -99,9 +106,7 @@ impl Tokenizer {
     /// the newline's tokens; the result is the same, and right for byte-level vocabularies too,
     /// where the newline may be merged with what follows.)
     pub fn encode_continuation(&self, source: &str, target: &str) -> Vec<u32> {
-        let mut ids = Vec::new();
-        self.encode_into(target, source.is_empty(), &mut ids);
-        ids
+        self.ids(if source.is_empty() { &self.at_start } else { &self.continuation }, target)
     }
 
     /// The text of the ids. Special tokens and ids beyond the vocabulary are left out, and so is
@@ -109,12 +114,13 @@ impl Tokenizer {
     /// U+FFFD (one for each stretch that cannot be a character; HF gives up the whole run of byte
     /// tokens).
     pub fn decode(&self, ids: &[u32]) -> String {
-        self.vocabulary.decode(ids, true)
+        let text = self.decode_continuation(ids);
+        self.without_prefix(&text).to_owned()
     }
 
     /// The text of ids that follow other ids: as [`Self::decode`], but a leading space is kept.
     pub fn decode_continuation(&self, ids: &[u32]) -> String {
-        self.vocabulary.decode(ids, false)
+        self.text(ids.iter().filter_map(|&id| self.spelled(id)).collect())
     }
 
     /// The token that begins a text, if the model has one; see [`Self::adds_bos`].
@@ -135,18 +141,18 @@ impl Tokenizer {
 
     /// One more than the largest id. The model's embedding may have more rows.
     pub fn vocab_size(&self) -> usize {
-        self.vocabulary.tokens.len()
+        self.tokens.len()
     }
 
     /// The token as the file writes it (sentencepiece's marker or byte-level characters for
     /// spaces).
     pub fn token(&self, id: u32) -> Option<&str> {
-        self.vocabulary.token(id).map(|token| &*token.piece)
+        self.entry(id).map(|token| &*token.piece)
     }
 
     /// True if decoding leaves the token out.
     pub fn is_special(&self, id: u32) -> bool {
-        self.vocabulary.token(id).is_some_and(|token| token.special)
+        self.entry(id).is_some_and(|token| token.special)
     }
 
     /// A hash of what decides ids: the file, and whether texts begin with BOS.
@@ -154,58 +160,75 @@ impl Tokenizer {
         &self.fingerprint
     }
 
-    pub(crate) fn token_bytes(&self, id: u32) -> &[u8] {
-        self.vocabulary.bytes(id)
-    }
-
-    pub(crate) fn strips_leading_space(&self) -> bool {
-        self.vocabulary.strip_leading_space
-    }
-
     fn leading_bos(&self) -> Option<u32> {
         self.bos.filter(|_| self.adds_bos)
     }
 
-    /// Appends the ids of `text`; `at_start` if it begins a text, so that a prefix is due.
-    fn encode_into(&self, text: &str, at_start: bool, out: &mut Vec<u32>) {
-        let mut scratch = Scratch::default();
-        let Some(added) = &self.added else {
-            return self.encoder.encode(text, at_start, &mut scratch, out);
-        };
-        let mut done = 0;
-        for found in added.pattern.find_iter(text) {
-            let plain = &text[done..found.start()];
-            self.encoder.encode(plain, self.prefix_due(at_start, done), &mut scratch, out);
-            out.extend(added.ids.get(found.as_str()));
-            done = found.end();
-        }
-        self.encoder.encode(&text[done..], self.prefix_due(at_start, done), &mut scratch, out);
+    fn entry(&self, id: u32) -> Option<&Token> {
+        self.tokens.get(id as usize)?.as_ref()
     }
 
-    /// HF normalises the stretches between added tokens one by one, so that each gets a prefix.
-    fn prefix_due(&self, at_start: bool, done: usize) -> bool {
-        if done == 0 { at_start } else { self.encoder.prefixes_every_stretch() }
+    /// What the decoder is given for the id: nothing if decoding leaves it out.
+    pub(crate) fn spelled(&self, id: u32) -> Option<String> {
+        self.entry(id).filter(|token| !token.special).map(|token| token.spelled.clone())
+    }
+
+    /// The crate's pipeline fails for parts outside of the text and for an unknown token that is
+    /// not in the vocabulary. Neither can be: parts are what a pattern has found in the text, and
+    /// the unknown token is looked up when the file is opened.
+    fn ids(&self, pipeline: &Pipeline, text: &str) -> Vec<u32> {
+        self.encoding(pipeline, text).expect("the parts were checked when the file was opened")
+    }
+
+    /// As the crate's `Tokenizer` does it. We keep its parts apart because texts go through two
+    /// pipelines, and the vocabulary should be in memory once.
+    fn encoding(&self, pipeline: &Pipeline, text: &str) -> tokenizers::Result<Vec<u32>> {
+        let mut parts = self.added.extract_and_normalize(Some(&pipeline.normalizer), text);
+        for step in &pipeline.pre_tokenizers {
+            step.pre_tokenize(&mut parts)?;
+        }
+        parts.tokenize(|part| self.model.tokenize(part.get()))?;
+        Ok(parts.into_encoding(None, 0, OffsetType::None)?.get_ids().to_vec())
+    }
+
+    /// The text of what [`Self::spelled`] gives, its leading space kept.
+    pub(crate) fn text(&self, tokens: Vec<String>) -> String {
+        self.decoder.text(tokens).expect("a decoder of this family takes any token")
+    }
+
+    /// A decoded text without the space that the encoder has put before it.
+    pub(crate) fn without_prefix<'t>(&self, text: &'t str) -> &'t str {
+        match self.decoder {
+            Decoder::Metaspace { strips_first: true, .. } => text.strip_prefix(' ').unwrap_or(text),
+            _ => text,
+        }
     }
 }
 
-impl Encoder {
-    fn prefixes_every_stretch(&self) -> bool {
-        match self {
-            Self::Metaspace(encoder) => encoder.prefix == DummyPrefix::Always,
-            Self::ByteLevel(_) => true,
+impl Decoder {
+    fn text(&self, tokens: Vec<String>) -> tokenizers::Result<String> {
+        let spaces = match self {
+            Self::ByteLevel(decoder) => return decoder.decode(tokens),
+            Self::Metaspace { spaces, .. } => spaces,
+        };
+        // Not the crate's `ByteFallback`: it makes a replacement character of every byte beside a
+        // wrong one, and what a stream has given already could not be taken back.
+        let mut bytes = Vec::new();
+        for token in spaces.decode_chain(tokens)? {
+            match byte_of_token(&token) {
+                Some(byte) => bytes.push(byte),
+                None => bytes.extend_from_slice(token.as_bytes()),
+            }
         }
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
+}
 
-    fn encode(&self, text: &str, at_start: bool, scratch: &mut Scratch, out: &mut Vec<u32>) {
-        match self {
-            Self::Metaspace(encoder) => {
-                encoder.encode(text, at_start && encoder.wants_prefix(text), scratch, out);
-            }
-            Self::ByteLevel(encoder) => {
-                encoder.encode(text, at_start && encoder.wants_prefix(text), scratch, out);
-            }
-        }
-    }
+/// The byte of `<0x0A>`.
+pub(crate) fn byte_of_token(piece: &str) -> Option<u8> {
+    let hex = piece.strip_prefix("<0x")?.strip_suffix('>')?;
+    let digits = hex.len() == 2 && hex.bytes().all(|digit| digit.is_ascii_hexdigit());
+    digits.then(|| u8::from_str_radix(hex, 16).ok()).flatten()
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -216,31 +239,5 @@ impl std::fmt::Debug for Tokenizer {
             .field("eos", &self.eos)
             .field("fingerprint", &self.fingerprint)
             .finish_non_exhaustive()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Counted, not timed: twice the text, twice the steps.
-    #[test]
-    fn no_text_takes_quadratic_work() {
-        for file in
-            ["../llama/tests/data/stories260k/tokenizer.json", "tests/data/small_byte_level.json"]
-        {
-            let tokenizer =
-                Tokenizer::open(Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).unwrap();
-            for unit in ["a", " ", "\n", "\u{4f60}", "the ", "in", "</s>", "\0", "=", " \n", "1"] {
-                let steps = |times: usize| {
-                    let mut scratch = Scratch::default();
-                    let text = unit.repeat(times);
-                    tokenizer.encoder.encode(&text, true, &mut scratch, &mut Vec::new());
-                    scratch.steps
-                };
-                let (once, twice) = (steps(20_000), steps(40_000));
-                assert!(twice <= 2 * once + 100, "{file} {unit:?}: {once} and {twice} steps");
-            }
-        }
     }
 }

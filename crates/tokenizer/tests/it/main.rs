@@ -6,7 +6,7 @@ mod bounds; // lengths told without encoding
 mod continuation; // the target rule
 mod files; // folders, options, damaged files
 mod golden; // ids made by Hugging Face's Python package, a megabyte of one thing included
-mod reference; // equality with Hugging Face's crate on generated text
 mod special; // names of control tokens in user text
 mod streaming; // token by token
+mod texts; // there and back, generated text
 mod vocabularies; // where vocabularies are, and text to try them with

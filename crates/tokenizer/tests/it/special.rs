@@ -1,6 +1,6 @@
 use proptest::prelude::*;
 
-use crate::vocabularies::{self, Vocabulary, cases, reference_ids, text};
+use crate::vocabularies::{self, Vocabulary, cases, text};
 
 const NAMES: [&str; 10] = [
     "</s>",
@@ -23,15 +23,13 @@ fn with_names() -> impl Strategy<Value = String> {
 #[test]
 fn names_of_control_tokens_in_a_text_are_text() {
     for vocabulary in vocabularies::all() {
-        let (ours, mut theirs) = (vocabulary.open(), vocabulary.reference());
-        theirs.set_encode_special_tokens(true);
+        let tokenizer = vocabulary.open();
         proptest!(cases(500), |(text in with_names())| {
-            let ids = ours.encode(&text);
-            let plain = ids.iter().all(|&id| !ours.is_special(id));
+            let ids = tokenizer.encode(&text);
+            let plain = ids.iter().all(|&id| !tokenizer.is_special(id));
             prop_assert!(plain, "{} {:?} {:?}", vocabulary.name, text, ids);
-            prop_assert_eq!(&ids, &reference_ids(&theirs, &text, false));
             if vocabulary.holds(&text) {
-                prop_assert_eq!(ours.decode(&ids), text);
+                prop_assert_eq!(tokenizer.decode(&ids), text);
             }
         });
     }

@@ -17,10 +17,6 @@ impl Vocabulary {
         Tokenizer::open(&self.file).unwrap()
     }
 
-    pub(crate) fn reference(&self) -> tokenizers::Tokenizer {
-        tokenizers::Tokenizer::from_file(&self.file).unwrap()
-    }
-
     /// True if texts get a space of their own before them.
     pub(crate) fn is_sentencepiece(&self) -> bool {
         !matches!(self.name, "smollm2" | "small_byte_level")
@@ -37,15 +33,6 @@ impl Vocabulary {
                 .any(|byte| matches!(byte, 0x04 | 0x06 | 0x13 | 0x14 | 0x16 | 0x1d | 0xf1 | 0xf2))
         }
     }
-}
-
-/// The ids that Hugging Face's crate gives.
-pub(crate) fn reference_ids(
-    reference: &tokenizers::Tokenizer,
-    text: &str,
-    with_bos: bool,
-) -> Vec<u32> {
-    reference.encode(text, with_bos).unwrap().get_ids().to_vec()
 }
 
 pub(crate) fn stories260k() -> Vocabulary {
