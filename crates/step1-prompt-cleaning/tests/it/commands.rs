@@ -185,7 +185,6 @@ fn aggregate(files: &[PathBuf], output: &Path, compat: Option<Compat>) -> Result
         data_files: files.to_vec(),
         output_file: Some(output.to_owned()),
         shared: following(compat),
-        ..AggregateArgs::default()
     };
     let report = aggregate_sharegpt(&AggregateConfig::try_from(args).unwrap(), &quiet())?;
     assert_sums(&report);

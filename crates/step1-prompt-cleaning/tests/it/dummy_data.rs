@@ -29,7 +29,6 @@ fn pipeline(folder: &Folder, compat: Option<Compat>, cap: usize, min_len: usize)
         data_files: vec![dummy_data("sharegpt.json")],
         output_file: Some(folder.path("sharegpt.json")),
         shared: following(compat),
-        ..AggregateArgs::default()
     };
     let merge = MergeArgs {
         sharegpt_prompt_path: Some(folder.path("sharegpt.json")),
