@@ -1,5 +1,7 @@
 //! Integration tests of step 3.
 
+#![allow(clippy::unwrap_used, reason = "a test that meets an error is to fail")]
+
 mod commands; // the program as a user runs it, interruptions included
 mod goldens; // PEFT's gradients and losses
 mod gradients; // half-blocks and head against one whole graph
