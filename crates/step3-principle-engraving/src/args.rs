@@ -42,6 +42,9 @@ pub struct TrainArgs {
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean,
         conflicts_with = "resume")]
     pub resume_from_training: Option<bool>,
+    /// Take the output folder over although another job seems to write to it [default: false].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
+    pub break_lock: Option<bool>,
 
     /// Tokens of a source; longer ones lose their beginning [default: 1024].
     #[arg(long, value_name = "TOKENS")]

@@ -125,8 +125,36 @@ pub(crate) fn rotate(output_dir: &Path, keep: usize) -> Result<()> {
     Ok(())
 }
 
+/// Renames the checkpoints of later steps than `step`, the one that a run goes on from: damaged ones,
+/// or those of a run that the user has gone back behind. Left in place they would pass for the newest.
+///
+/// # Errors
+/// If a folder cannot be renamed.
+pub(crate) fn set_aside(output_dir: &Path, step: u64) -> Result<()> {
+    for (later, path) in steps(output_dir)?.into_iter().filter(|(later, _)| *later > step) {
+        let target = unused(output_dir, &format!("set-aside-{PREFIX}{later}"));
+        tracing::warn!("{} is behind step {step}: now {}", path.display(), target.display());
+        fs::rename(&path, &target).map_err(|source| Error::Io { path, source })?;
+    }
+    Ok(())
+}
+
+/// `name`, or the first of `name-2`, `name-3`, ... that does not exist.
+fn unused(dir: &Path, name: &str) -> PathBuf {
+    let numbered = (2u32..).map(|number| dir.join(format!("{name}-{number}")));
+    std::iter::once(dir.join(name))
+        .chain(numbered)
+        .find(|path| !path.exists())
+        .unwrap_or_else(|| dir.join(name))
+}
+
 /// Checkpoint folders by step, oldest first.
 fn list(output_dir: &Path) -> Result<Vec<PathBuf>> {
+    Ok(steps(output_dir)?.into_iter().map(|(_, path)| path).collect())
+}
+
+/// Checkpoint folders with their steps, oldest first.
+fn steps(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let io = |source| Error::Io { path: output_dir.to_owned(), source };
     let mut found = Vec::new();
     for entry in fs::read_dir(output_dir).map_err(io)? {
@@ -136,7 +164,7 @@ fn list(output_dir: &Path) -> Result<Vec<PathBuf>> {
         found.extend(step.map(|step| (step, entry.path())));
     }
     found.sort();
-    Ok(found.into_iter().map(|(_, path)| path).collect())
+    Ok(found)
 }
 
 fn verify(path: &Path) -> Result<()> {

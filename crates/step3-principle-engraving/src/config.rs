@@ -44,6 +44,8 @@ pub struct TrainConfig {
     pub output_dir: PathBuf,
     /// Where to start.
     pub resume: Resume,
+    /// Take the output folder over from another job.
+    pub break_lock: bool,
     /// Truncation and labels.
     pub collate: CollateConfig,
     /// The adapters.
@@ -90,6 +92,7 @@ impl TrainArgs {
         }
         default!(
             dataset_format = DatasetFormat::Dromedary,
+            break_lock = false,
             source_max_len = 1024,
             target_max_len = 256,
             train_on_source = false,
@@ -154,6 +157,7 @@ impl TryFrom<TrainArgs> for TrainConfig {
                 "never" => Resume::Never,
                 path => Resume::From(path.into()),
             },
+            break_lock: required(args.break_lock, "break-lock")?,
             collate: CollateConfig {
                 source_max_len: positive(args.source_max_len, "source-max-len")?,
                 target_max_len: positive(args.target_max_len, "target-max-len")?,

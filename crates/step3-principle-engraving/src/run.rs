@@ -3,7 +3,9 @@
 use std::{fs, path::PathBuf};
 
 use dromedary_command::{Progress, StopFlag};
-use dromedary_files::{AtomicDir, JsonlAppender, Manifest, read_jsonl, write_atomic};
+use dromedary_files::{
+    AtomicDir, JsonlAppender, Lock, LockOptions, Manifest, read_jsonl, write_atomic,
+};
 use dromedary_llama::{
     Checkpoint, Llama, LoadOptions, check_tokenizer, select_device, select_kind,
 };
@@ -48,6 +50,8 @@ pub struct Summary {
 pub fn train(config: &TrainConfig, comm: &dyn Communicator, stop: &StopFlag) -> Result<Summary> {
     let io = |source| Error::Io { path: config.output_dir.clone(), source };
     fs::create_dir_all(&config.output_dir).map_err(io)?;
+    let metrics = config.output_dir.join(METRICS_FILE);
+    let _lock = Lock::acquire(&metrics, &LockOptions::from_env(config.break_lock))?;
     let tokenizer = Tokenizer::open(&config.tokenizer)?;
     let examples = read_examples(config, &tokenizer)?;
     let base = Checkpoint::open(&config.checkpoint)?;
@@ -88,6 +92,7 @@ pub fn train(config: &TrainConfig, comm: &dyn Communicator, stop: &StopFlag) -> 
         trainer.resume(load)?;
         tracing::info!("going on behind step {} from {}", trainer.steps_done(), path.display());
     }
+    checkpoint::set_aside(&config.output_dir, trainer.steps_done())?;
     let last = Loop { config, config_hash, stop }.run(&mut trainer)?;
     let adapter = publish_adapter(config, trainer.trained())?;
     Ok(Summary { adapter, steps: total_steps, rows: examples.len(), last })

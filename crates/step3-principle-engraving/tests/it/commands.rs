@@ -1,7 +1,9 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
+    thread,
+    time::Duration,
 };
 
 use serde_json::{Value, json};
@@ -56,6 +58,27 @@ impl Job {
             .arg(self.path(output_dir))
             .args(flags);
         command
+    }
+
+    /// Sorted names of what is in the folder.
+    fn names(&self, output_dir: &str) -> Vec<String> {
+        let entries = fs::read_dir(self.path(output_dir)).unwrap();
+        let name = |entry: std::io::Result<fs::DirEntry>| entry.unwrap().file_name();
+        let mut names: Vec<_> = entries.map(|entry| name(entry).into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    /// Waits until a run has made a few steps; two minutes at most.
+    fn wait_for_metrics(&self, output_dir: &str) {
+        let metrics = self.path(output_dir).join("metrics.jsonl");
+        for _ in 0..12_000 {
+            if fs::read(&metrics).is_ok_and(|text| text.len() > 500) {
+                return;
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        panic!("no step in two minutes");
     }
 
     fn metrics(&self, output_dir: &str) -> Vec<Value> {
@@ -154,6 +177,41 @@ fn a_damaged_checkpoint_falls_back_loudly_and_is_refused_by_name() {
 }
 
 #[test]
+fn a_run_that_starts_over_keeps_its_own_checkpoints_and_loses_none() {
+    let job = Job::new(8);
+    succeeded(job.train("out", &["--max-steps", "6", "--save-steps", "2"]));
+    let over = ["--resume-from-training", "False", "--max-steps", "4", "--save-steps", "1"];
+    succeeded(job.train("out", &[&over[..], &["--save-total-limit", "2"]].concat()));
+    let names = job.names("out");
+    let kept: Vec<&str> = names.iter().map(String::as_str).collect();
+    assert_eq!(
+        kept.iter().filter(|name| name.contains("checkpoint")).copied().collect::<Vec<_>>(),
+        [
+            "checkpoint-3",
+            "checkpoint-4",
+            "set-aside-checkpoint-2",
+            "set-aside-checkpoint-4",
+            "set-aside-checkpoint-6"
+        ]
+    );
+    assert_eq!(job.metrics("out").len(), 4);
+}
+
+#[test]
+fn a_second_run_on_the_same_output_is_refused() {
+    let job = Job::new(40);
+    let flags = ["--max-steps", "4000", "--save-steps", "10000"];
+    let mut first = job.command("out", &flags).stderr(Stdio::null()).spawn().unwrap();
+    job.wait_for_metrics("out");
+    let second = job.train("out", &flags);
+    first.kill().unwrap();
+    first.wait().unwrap();
+    assert_eq!(second.status.code(), Some(1));
+    let text = stderr(&second);
+    assert!(text.contains("metrics.jsonl") && text.contains(&first.id().to_string()), "{text}");
+}
+
+#[test]
 fn a_signal_ends_the_run_behind_a_checkpoint_and_the_next_run_finishes() {
     let job = Job::new(40);
     let flags = ["--max-steps", "400", "--save-steps", "1000", "--logging-steps", "1"];
@@ -183,12 +241,8 @@ fn only_so_many_checkpoints_are_kept() {
     succeeded(
         job.train("out", &["--max-steps", "6", "--save-steps", "1", "--save-total-limit", "2"]),
     );
-    let mut names: Vec<String> = fs::read_dir(job.path("out"))
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .filter(|name| name.starts_with("checkpoint-"))
-        .collect();
-    names.sort();
+    let mut names = job.names("out");
+    names.retain(|name| name.starts_with("checkpoint-"));
     assert_eq!(names, ["checkpoint-5", "checkpoint-6"]);
 }
 
