@@ -164,6 +164,8 @@ pub struct IgnoredTrainArgs {
     #[arg(long, hide = true)]
     pub quant_type: Option<String>,
     #[arg(long, hide = true)]
+    pub adam8bit: Option<String>,
+    #[arg(long, hide = true)]
     pub optim: Option<String>,
     #[arg(long, hide = true)]
     pub evaluation_strategy: Option<String>,

@@ -286,6 +286,28 @@ fn bad_input_is_named() {
     }
 }
 
+/// A limit on the size of files stands in for a disk that fills: the checkpoint does not fit.
+#[test]
+fn a_full_disk_is_named_and_leaves_no_checkpoint() {
+    let job = Job::new(6);
+    let command = job.command("out", &["--max-steps", "2"]);
+    let words: Vec<&str> = command.get_args().map(|word| word.to_str().unwrap()).collect();
+    let limited = |blocks: &str| {
+        Command::new("bash")
+            .args(["-c", "ulimit -f $0; exec \"$@\"", blocks, BINARY])
+            .args(&words)
+            .output()
+            .unwrap()
+    };
+    let full = limited("16");
+    let text = stderr(&full);
+    assert_eq!(full.status.code(), Some(1), "{text}");
+    assert!(text.contains("checkpoint-2"), "{text}");
+    assert!(job.names("out").iter().all(|name| !name.starts_with("checkpoint")), "{text}");
+    succeeded(limited("unlimited"));
+    assert!(job.path("out/adapter/adapter_model.safetensors").exists());
+}
+
 #[test]
 fn rows_without_a_target_can_be_left_out() {
     let job = Job::new(3);
