@@ -70,10 +70,10 @@ pub fn train(config: &TrainConfig, comm: &dyn Communicator, stop: &StopFlag) -> 
         config.warmup_ratio,
         total_steps,
     );
-    let config_hash = config_hash(config, &base, &tokenizer, &examples, total_steps);
-
     let device = select_device(&config.device, comm.rank())?;
     let kind = select_kind(&config.dtype, device, base.dtype())?;
+    let fingerprints = format!("{} {} {kind:?}", base.fingerprint()?, tokenizer.fingerprint());
+    let config_hash = config_hash(config, &fingerprints, &examples, total_steps);
     // Packed weights do not pay for the many tokens of a training batch.
     let load = LoadOptions { device, kind, pack: false, ..LoadOptions::default() };
     let mut model = Llama::load(&base, &load)?;
@@ -130,11 +130,10 @@ fn read_examples(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<Vec<Exam
     Ok(examples)
 }
 
-/// Hash of what the steps depend on: a checkpoint of another hash cannot be gone on from.
+/// Hash of what the steps depend on, `fingerprints` of model, tokenizer and kind among it: a checkpoint of another hash cannot be gone on from.
 fn config_hash(
     config: &TrainConfig,
-    base: &Checkpoint,
-    tokenizer: &Tokenizer,
+    fingerprints: &str,
     examples: &[Example],
     total_steps: u64,
 ) -> String {
@@ -145,7 +144,7 @@ fn config_hash(
             (&config.lora.r, config.lora.lora_alpha, &config.lora.target_modules),
             (&config.batches, config.learning_rate, config.lr_scheduler_type),
             (config.warmup_ratio, &config.adamw, config.seed, total_steps),
-            (base.fingerprint(), tokenizer.fingerprint()),
+            fingerprints,
         )
     );
     hasher.update(settings.as_bytes());

@@ -63,6 +63,8 @@ pub struct StepLoss {
 pub struct Trainer<'a> {
     model: &'a Llama,
     trained: Trained,
+    /// Entries of each half-block, in the order of forward.
+    entries: Vec<Vec<usize>>,
     examples: &'a [Example],
     batches: Batches,
     schedule: Schedule,
@@ -95,7 +97,12 @@ impl<'a> Trainer<'a> {
     /// A trainer before its first step.
     pub fn new(parts: TrainerParts<'a>) -> Self {
         let TrainerParts { model, trained, examples, batches, schedule, keep, comm } = parts;
-        Self { model, trained, examples, batches, schedule, keep, comm, step: 0, not_finite: 0 }
+        let entries = (0..model.layers().len())
+            .flat_map(|layer| [Half::Attention, Half::Mlp].map(|half| (layer, half)))
+            .map(|(layer, half)| trained.entries_of(layer, half))
+            .collect();
+        let (step, not_finite) = (0, 0);
+        Self { model, trained, entries, examples, batches, schedule, keep, comm, step, not_finite }
     }
 
     /// The adapters and the optimizer's state.
@@ -202,18 +209,17 @@ impl<'a> Trainer<'a> {
     /// to the optimizer's, and returns the summed loss.
     fn accumulate(&mut self, batch: &MicroBatch, scale: f64) -> Result<f64> {
         let rotary_at = self.model.rotary_at(&batch.positions())?;
-        let mut half_blocks = Vec::with_capacity(2 * self.model.layers().len());
-        for (index, layer) in self.model.layers().iter().enumerate() {
+        let mut half_blocks = Vec::with_capacity(self.entries.len());
+        for layer in self.model.layers() {
             for half in [Half::Attention, Half::Mlp] {
-                let half_block =
-                    HalfBlock { layer, half, rotary_at: &rotary_at, lengths: &batch.lengths };
-                half_blocks.push((half_block, self.trained.entries_of(index, half)));
+                let (rotary_at, lengths) = (&rotary_at, &batch.lengths[..]);
+                half_blocks.push(HalfBlock { layer, half, rotary_at, lengths });
             }
         }
 
         let mut hidden = no_grad(|| self.model.embed(&batch.input_ids))?; // (T, C)
         let mut saved = Vec::with_capacity(half_blocks.len());
-        for (half_block, _) in &half_blocks {
+        for half_block in &half_blocks {
             let (output, left) = half_block.forward(&hidden, self.keep, self.comm)?;
             hidden = output;
             saved.push(left);
@@ -222,7 +228,8 @@ impl<'a> Trainer<'a> {
         drop(hidden);
 
         let mut gradient = head.grad_hidden; // (T, C)
-        for ((half_block, entries), saved) in half_blocks.iter().zip(saved).rev() {
+        for ((half_block, entries), saved) in half_blocks.iter().zip(&self.entries).zip(saved).rev()
+        {
             let leaves: Vec<_> = entries.iter().map(|&entry| self.trained.leaf(entry)).collect();
             let (grad_input, gradients) =
                 half_block.backward(saved, &gradient, &leaves, self.comm)?;

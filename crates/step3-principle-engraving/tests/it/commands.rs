@@ -150,9 +150,11 @@ fn a_resumed_run_computes_the_same_bits() {
 fn a_checkpoint_of_other_settings_is_refused() {
     let job = Job::new(6);
     succeeded(job.train("out", &["--max-steps", "2"]));
-    let output = job.train("out", &["--max-steps", "3"]);
-    assert_eq!(output.status.code(), Some(1));
-    assert!(stderr(&output).contains("other settings"), "{}", stderr(&output));
+    for other in [["--max-steps", "3", "--dtype", "f32"], ["--max-steps", "2", "--dtype", "bf16"]] {
+        let output = job.train("out", &other);
+        assert_eq!(output.status.code(), Some(1), "{other:?}");
+        assert!(stderr(&output).contains("other settings"), "{}", stderr(&output));
+    }
 }
 
 #[test]
