@@ -1,55 +1,12 @@
 //! Removes what web pages leave around a prompt. Every rule cuts at an end of the text, so that
 //! the result is a slice of it.
 
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use regex::Regex;
 
 use crate::text::{is_space, strip};
-use crate::{Rules, Source};
-
-const PAGE_MARK: &str = "1 / 1";
-/// "Translate now", the button of a Korean browser extension.
-const KOREAN_BUTTON: &str = "\u{c9c0}\u{ae08} \u{bc88}\u{c5ed}\u{d558}\u{ae30}";
-const LANGUAGE_BLOCK: &str = "\n \n Language: ";
-const SHARE_PROMPT: &str = "Share Prompt";
-const TRANSLATE_NOW: &str = "Translate now";
-const LANGUAGE_LABEL: &str = "Language: ";
-const BING_BANNER: &str = "~The following is a conversation with Bing, not ChatGPT.~";
-
-/// The order matters under [`Rules::Dromedary`]: each name is tried once, in turn.
-pub const LANGUAGES: [&str; 30] = [
-    "Italian",
-    "Polish",
-    "Russian",
-    "Slovak",
-    "Portuguese",
-    "Romanian",
-    "Danish",
-    "Swedish",
-    "Norwegian",
-    "English",
-    "Spanish",
-    "French",
-    "Czech",
-    "German",
-    "Finnish",
-    "Estonian",
-    "Latvian",
-    "Lithuanian",
-    "Persian",
-    "Hungarian",
-    "Hebrew",
-    "Greek",
-    "Arabic",
-    "Korean",
-    "Japanese",
-    "Chinese",
-    "Chinese (Traditional)",
-    "Chinese (Simplified)",
-    "Thai",
-    "Vietnamese",
-];
+use crate::{Lists, Rules, Source};
 
 /// The name of a page's author above `1 / 1` is no longer than this many characters.
 const MAX_HEADER_LEN: usize = 40;
@@ -79,33 +36,30 @@ pub enum Edit {
     TrailingCounter,
     /// What precedes a page's `1 / 1`, and that mark.
     PageMark,
-    /// The Korean button "translate now" and what follows it.
-    KoreanButton,
+    /// A footer and what follows it, such as the button of a browser extension.
+    Footer,
     /// A language selector between blank lines and what follows it.
     LanguageBlock,
-    /// A final `Share Prompt`.
-    SharePrompt,
-    /// A final `Translate now`.
-    TranslateNow,
+    /// A button at the end, such as `Share Prompt`.
+    Button,
     /// A final `Language: <name>`.
     LanguageName,
-    /// The banner of a page that recorded a conversation with Bing.
-    BingBanner,
+    /// A banner at the start.
+    Banner,
 }
 
 impl Edit {
     /// Every reason.
-    pub const ALL: [Edit; 10] = [
+    pub const ALL: [Edit; 9] = [
         Edit::Whitespace,
         Edit::LeadingCounter,
         Edit::TrailingCounter,
         Edit::PageMark,
-        Edit::KoreanButton,
+        Edit::Footer,
         Edit::LanguageBlock,
-        Edit::SharePrompt,
-        Edit::TranslateNow,
+        Edit::Button,
         Edit::LanguageName,
-        Edit::BingBanner,
+        Edit::Banner,
     ];
 
     /// The name in reports.
@@ -115,12 +69,11 @@ impl Edit {
             Edit::LeadingCounter => "leading_counter",
             Edit::TrailingCounter => "trailing_counter",
             Edit::PageMark => "page_mark",
-            Edit::KoreanButton => "korean_button",
+            Edit::Footer => "footer",
             Edit::LanguageBlock => "language_block",
-            Edit::SharePrompt => "share_prompt",
-            Edit::TranslateNow => "translate_now",
+            Edit::Button => "button",
             Edit::LanguageName => "language_name",
-            Edit::BingBanner => "bing_banner",
+            Edit::Banner => "banner",
         }
     }
 }
@@ -159,7 +112,7 @@ impl<'t> Cleaned<'t> {
     }
 }
 
-/// Cleans a prompt of `source`.
+/// Removes page chrome.
 ///
 /// Dromedary's rules treat every source as a scraped page, so that `24/7 support` becomes `support`
 /// and `Simplify 6/8` becomes `Simplify`. [`Rules::Corrected`] removes page chrome from ShareGPT
@@ -167,29 +120,45 @@ impl<'t> Cleaned<'t> {
 /// a button a line of its own. Cleaning twice is then the same as cleaning once.
 ///
 /// ```
-/// use dromedary_prompt_cleaning::{Rules, Source, clean};
+/// use dromedary_prompt_cleaning::{Cleaner, Lists, Rules, Source};
 ///
+/// let corrected = Cleaner::new(Rules::Corrected, Lists::built_in());
 /// let page = "1 / 1\n\nWhy is the sea salty?\n\nShare Prompt";
-/// assert_eq!(clean(Rules::Corrected, Source::ShareGpt, page).text, "Why is the sea salty?");
+/// assert_eq!(corrected.clean(Source::ShareGpt, page).text, "Why is the sea salty?");
 /// let fraction = "Simplify 6/8";
-/// assert_eq!(clean(Rules::Corrected, Source::ShareGpt, fraction).text, fraction);
-/// assert_eq!(clean(Rules::Dromedary, Source::ShareGpt, fraction).text, "Simplify");
+/// assert_eq!(corrected.clean(Source::ShareGpt, fraction).text, fraction);
+/// let dromedary = Cleaner::new(Rules::Dromedary, Lists::built_in());
+/// assert_eq!(dromedary.clean(Source::ShareGpt, fraction).text, "Simplify");
 /// ```
-pub fn clean(rules: Rules, source: Source, text: &str) -> Cleaned<'_> {
-    let mut cleaned = Cleaned::new(text);
-    match rules {
-        Rules::Dromedary => clean_as_dromedary(&mut cleaned),
-        Rules::Corrected => {
-            cleaned.keep(strip(text), Edit::Whitespace);
-            if source == Source::ShareGpt {
-                remove_page_chrome(&mut cleaned);
-            }
-        }
-    }
-    cleaned
+#[derive(Clone, Debug)]
+pub struct Cleaner {
+    rules: Rules,
+    lists: Arc<Lists>,
 }
 
-fn clean_as_dromedary(cleaned: &mut Cleaned<'_>) {
+impl Cleaner {
+    /// Cleans after these rules, looking for these phrases.
+    pub fn new(rules: Rules, lists: Arc<Lists>) -> Cleaner {
+        Cleaner { rules, lists }
+    }
+
+    /// Cleans a prompt of the source.
+    pub fn clean<'t>(&self, source: Source, text: &'t str) -> Cleaned<'t> {
+        let mut cleaned = Cleaned::new(text);
+        match self.rules {
+            Rules::Dromedary => clean_as_dromedary(&self.lists, &mut cleaned),
+            Rules::Corrected => {
+                cleaned.keep(strip(text), Edit::Whitespace);
+                if source == Source::ShareGpt {
+                    remove_page_chrome(&self.lists, &mut cleaned);
+                }
+            }
+        }
+        cleaned
+    }
+}
+
+fn clean_as_dromedary(lists: &Lists, cleaned: &mut Cleaned<'_>) {
     if let Some(counter) = LEADING_COUNTER.find(cleaned.text) {
         cleaned.keep(&cleaned.text[counter.end()..], Edit::LeadingCounter);
     }
@@ -197,37 +166,44 @@ fn clean_as_dromedary(cleaned: &mut Cleaned<'_>) {
     if let Some(counter) = TRAILING_COUNTER.find(cleaned.text) {
         cleaned.keep(&cleaned.text[..counter.start()], Edit::TrailingCounter);
     }
-    if let Some((_, rest)) = cleaned.text.split_once(PAGE_MARK) {
+    if let Some((_, rest)) = cleaned.text.split_once(&lists.page_mark) {
         cleaned.keep(rest, Edit::PageMark);
     }
-    for (mark, edit) in [(KOREAN_BUTTON, Edit::KoreanButton), (LANGUAGE_BLOCK, Edit::LanguageBlock)]
-    {
-        if let Some((rest, _)) = cleaned.text.split_once(mark) {
-            cleaned.keep(rest, edit);
+    for footer in &lists.footers {
+        if let Some((rest, _)) = cleaned.text.split_once(footer) {
+            cleaned.keep(rest, Edit::Footer);
         }
     }
+    if let Some((rest, _)) = cleaned.text.split_once(&lists.language_block) {
+        cleaned.keep(rest, Edit::LanguageBlock);
+    }
     cleaned.keep(strip(cleaned.text), Edit::Whitespace);
-    cleaned.drop_suffix(SHARE_PROMPT, Edit::SharePrompt);
-    cleaned.drop_suffix(TRANSLATE_NOW, Edit::TranslateNow);
-    for language in LANGUAGES {
-        if cleaned.text.strip_suffix(language).is_some_and(|rest| rest.ends_with(LANGUAGE_LABEL)) {
-            let rest_len = cleaned.text.len() - language.len() - LANGUAGE_LABEL.len();
-            cleaned.keep(&cleaned.text[..rest_len], Edit::LanguageName);
+    for button in &lists.buttons {
+        cleaned.drop_suffix(button, Edit::Button);
+    }
+    for language in &lists.languages {
+        let behind_label = |text: &str| {
+            text.strip_suffix(language)?.strip_suffix(&lists.language_label).map(str::len)
+        };
+        if let Some(len) = behind_label(cleaned.text) {
+            cleaned.keep(&cleaned.text[..len], Edit::LanguageName);
             cleaned.strip();
         }
     }
-    if let Some(rest) = cleaned.text.strip_prefix(BING_BANNER) {
-        cleaned.keep(rest, Edit::BingBanner);
-        cleaned.strip();
+    for banner in &lists.banners {
+        if let Some(rest) = cleaned.text.strip_prefix(banner) {
+            cleaned.keep(rest, Edit::Banner);
+            cleaned.strip();
+        }
     }
 }
 
 /// Applies the rules until none changes anything: pages print their chrome in several orders.
-fn remove_page_chrome(cleaned: &mut Cleaned<'_>) {
+fn remove_page_chrome(lists: &Lists, cleaned: &mut Cleaned<'_>) {
     loop {
         let len = cleaned.text.len();
         for (rule, edit) in CHROME {
-            if let Some(rest) = rule(cleaned.text) {
+            if let Some(rest) = rule(lists, cleaned.text) {
                 cleaned.keep(rest, edit);
                 cleaned.strip();
             }
@@ -239,19 +215,22 @@ fn remove_page_chrome(cleaned: &mut Cleaned<'_>) {
 }
 
 /// What a rule leaves of a text that it applies to.
-type ChromeRule = fn(&str) -> Option<&str>;
+type ChromeRule = for<'t> fn(&Lists, &'t str) -> Option<&'t str>;
 
-const CHROME: [(ChromeRule, Edit); 9] = [
-    (|text| text.strip_prefix(BING_BANNER), Edit::BingBanner),
-    (without_leading_counter, Edit::LeadingCounter),
-    (without_trailing_counter, Edit::TrailingCounter),
+const CHROME: [(ChromeRule, Edit); 8] = [
+    (without_banner, Edit::Banner),
+    (|_, text| without_leading_counter(text), Edit::LeadingCounter),
+    (|_, text| without_trailing_counter(text), Edit::TrailingCounter),
     (without_header, Edit::PageMark),
-    (without_korean_button, Edit::KoreanButton),
+    (without_footer, Edit::Footer),
     (without_language_block, Edit::LanguageBlock),
-    (|text| without_last_line(text, |line| line == SHARE_PROMPT), Edit::SharePrompt),
-    (|text| without_last_line(text, |line| line == TRANSLATE_NOW), Edit::TranslateNow),
-    (|text| without_last_line(text, is_language_name), Edit::LanguageName),
+    (without_button, Edit::Button),
+    (without_language_name, Edit::LanguageName),
 ];
+
+fn without_banner<'t>(lists: &Lists, text: &'t str) -> Option<&'t str> {
+    lists.banners.iter().find_map(|banner| text.strip_prefix(banner))
+}
 
 fn without_leading_counter(text: &str) -> Option<&str> {
     let (paragraph, rest) = first_paragraph(text);
@@ -263,39 +242,51 @@ fn without_trailing_counter(text: &str) -> Option<&str> {
     (is_counter(line) && ends_in_blank_line(rest)).then_some(rest)
 }
 
-/// Cuts the name of the author and `1 / 1`, each a paragraph of its own.
-fn without_header(text: &str) -> Option<&str> {
+/// Cuts the name of the author and the page mark, each a paragraph of its own.
+fn without_header<'t>(lists: &Lists, text: &'t str) -> Option<&'t str> {
     let (header, behind_header) = first_paragraph(text);
     let (mark, rest) = first_paragraph(behind_header);
     let is_name = header.chars().count() <= MAX_HEADER_LEN
         && !header.contains('\n')
         && !header.ends_with(['.', '?', '!', ':', ',', ';']);
-    (is_name && strip(mark) == PAGE_MARK && !strip(rest).is_empty()).then_some(rest)
+    (is_name && strip(mark) == lists.page_mark && !strip(rest).is_empty()).then_some(rest)
 }
 
-fn without_korean_button(text: &str) -> Option<&str> {
-    let starts_a_line = |&(start, _): &(usize, &str)| {
-        text[..start].trim_end_matches([' ', '\t']).is_empty()
-            || text[..start].trim_end_matches([' ', '\t']).ends_with('\n')
+fn without_footer<'t>(lists: &Lists, text: &'t str) -> Option<&'t str> {
+    let starts_a_line = |start: usize| {
+        let before = text[..start].trim_end_matches([' ', '\t']);
+        before.is_empty() || before.ends_with('\n')
     };
-    text.match_indices(KOREAN_BUTTON).find(starts_a_line).map(|(start, _)| &text[..start])
+    lists.footers.iter().find_map(|footer| {
+        let mut starts = text.match_indices(footer).map(|(start, _)| start);
+        starts.find(|&start| starts_a_line(start)).map(|start| &text[..start])
+    })
 }
 
-fn without_language_block(text: &str) -> Option<&str> {
+fn without_language_block<'t>(lists: &Lists, text: &'t str) -> Option<&'t str> {
     let names_a_language = |&(start, mark): &(usize, &str)| {
         let behind = &text[start + mark.len()..];
-        LANGUAGES.iter().any(|language| behind.starts_with(language))
+        lists.languages.iter().any(|language| behind.starts_with(language))
     };
-    text.match_indices(LANGUAGE_BLOCK).find(names_a_language).map(|(start, _)| &text[..start])
+    let mut blocks = text.match_indices(&lists.language_block);
+    blocks.find(names_a_language).map(|(start, _)| &text[..start])
 }
 
-fn without_last_line(text: &str, is_chrome: impl Fn(&str) -> bool) -> Option<&str> {
+fn without_button<'t>(lists: &Lists, text: &'t str) -> Option<&'t str> {
+    let (rest, line) = last_line(text);
+    lists.buttons.iter().any(|button| button == line).then_some(rest)
+}
+
+fn without_language_name<'t>(lists: &Lists, text: &'t str) -> Option<&'t str> {
+    let (rest, line) = last_line(text);
+    let name = line.strip_prefix(&lists.language_label)?;
+    lists.languages.iter().any(|language| language == name).then_some(rest)
+}
+
+/// What precedes the last line, and the line.
+fn last_line(text: &str) -> (&str, &str) {
     let (rest, line) = text.rsplit_once('\n').unwrap_or(("", text));
-    is_chrome(strip(line)).then_some(rest)
-}
-
-fn is_language_name(line: &str) -> bool {
-    line.strip_prefix(LANGUAGE_LABEL).is_some_and(|name| LANGUAGES.contains(&name))
+    (rest, strip(line))
 }
 
 /// Whether the line is `i / n` with spaces, as pages print it, and i is no more than n.

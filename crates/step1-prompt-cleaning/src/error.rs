@@ -31,6 +31,14 @@ pub enum Error {
         /// The columns that exist.
         found: Vec<String>,
     },
+    /// A file of lists cannot be used.
+    #[error("{}: {message}", path.display())]
+    Lists {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
     /// A file has no rows.
     #[error("{}: the file has no rows", path.display())]
     NoRows {

@@ -1,6 +1,8 @@
 //! Why a row is left out, and the rules that look at one text.
 
-use crate::{Rules, TokenCounter};
+use std::sync::Arc;
+
+use crate::{Lists, Rules, TokenCounter};
 
 /// Why a row does not become a prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -30,13 +32,23 @@ pub enum DropReason {
     NliTask,
     /// The prompt was seen before.
     Duplicate,
-    /// The stratum has `--max-samples-per-dataset` rows without it.
+    /// A prompt that is kept differs from it in little.
+    NearDuplicate,
+    /// Not in one of `--languages`.
+    OtherLanguage,
+    /// A part of it stands in a file of `--decontaminate`.
+    Contaminated,
+    /// The stratum or source has as many rows as it may without it.
     OverCap,
+    /// The mix has no place for it.
+    OverMix,
+    /// The sample was drawn without it.
+    NotSampled,
 }
 
 impl DropReason {
     /// Every reason.
-    pub const ALL: [DropReason; 13] = [
+    pub const ALL: [DropReason; 18] = [
         DropReason::BadRow,
         DropReason::SingleTurn,
         DropReason::NotHumanFirst,
@@ -49,7 +61,12 @@ impl DropReason {
         DropReason::TooLong,
         DropReason::NliTask,
         DropReason::Duplicate,
+        DropReason::NearDuplicate,
+        DropReason::OtherLanguage,
+        DropReason::Contaminated,
         DropReason::OverCap,
+        DropReason::OverMix,
+        DropReason::NotSampled,
     ];
 
     /// The name in reports.
@@ -67,25 +84,40 @@ impl DropReason {
             DropReason::TooLong => "too_long",
             DropReason::NliTask => "nli_task",
             DropReason::Duplicate => "duplicate",
+            DropReason::NearDuplicate => "near_duplicate",
+            DropReason::OtherLanguage => "other_language",
+            DropReason::Contaminated => "contaminated",
             DropReason::OverCap => "over_cap",
+            DropReason::OverMix => "over_mix",
+            DropReason::NotSampled => "not_sampled",
         }
     }
 }
 
-/// What gives away the natural-language-inference tasks of OpenOrca, whose answers are one word of
-/// three.
-const NLI_KEYWORDS: [&str; 5] =
-    ["it is not possible to tell", "Premise", "premise", "Hypothesis", "hypothesis"];
-
-/// Whether the question is a natural-language-inference task.
+/// Recognises the natural-language-inference tasks of OpenOrca by their words.
 ///
 /// Dromedary looks for its keywords anywhere and so loses the shop's `premises`;
 /// [`Rules::Corrected`] wants word borders around them.
-pub fn is_nli_task(rules: Rules, question: &str) -> bool {
-    NLI_KEYWORDS.iter().any(|keyword| match rules {
-        Rules::Dromedary => question.contains(keyword),
-        Rules::Corrected => contains_words(question, keyword),
-    })
+#[derive(Clone, Debug)]
+pub struct NliRule {
+    rules: Rules,
+    lists: Arc<Lists>,
+}
+
+impl NliRule {
+    /// The rule with the keywords of the lists.
+    pub fn new(rules: Rules, lists: Arc<Lists>) -> NliRule {
+        NliRule { rules, lists }
+    }
+
+    /// The first keyword that the question has.
+    pub fn keyword(&self, question: &str) -> Option<&str> {
+        let has = |keyword: &str| match self.rules {
+            Rules::Dromedary => question.contains(keyword),
+            Rules::Corrected => contains_words(question, keyword),
+        };
+        self.lists.nli_keywords.iter().map(String::as_str).find(|keyword| has(keyword))
+    }
 }
 
 fn contains_words(text: &str, words: &str) -> bool {
@@ -97,8 +129,10 @@ fn contains_words(text: &str, words: &str) -> bool {
 }
 
 /// The number of tokens that a prompt may have, a BOS token of the vocabulary counted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct LengthRule {
+    /// What counts them.
+    pub counter: Arc<TokenCounter>,
     /// No fewer than this.
     pub min: usize,
     /// No more than this.
@@ -109,12 +143,12 @@ pub struct LengthRule {
 
 impl LengthRule {
     /// Why the text breaks the rule, if it does.
-    pub fn check(&self, counter: &TokenCounter, text: &str) -> Option<DropReason> {
+    pub fn check(&self, text: &str) -> Option<DropReason> {
         let fits = |max| {
             if self.suffix.is_empty() {
-                counter.fits(text, max)
+                self.counter.fits(text, max)
             } else {
-                counter.fits(&[text, self.suffix].concat(), max)
+                self.counter.fits(&[text, self.suffix].concat(), max)
             }
         };
         if !fits(self.max) {

@@ -11,20 +11,23 @@
 //! | [`aggregate_sharegpt`] | ShareGPT conversations | their first questions |
 //! | [`clean_and_merge`] | the outputs of both, Dolly, oasst1 | clean prompts, each once, shuffled |
 //!
-//! [`Rules`] chooses between the corrected rules and Dromedary's. The rules themselves are plain
-//! functions: [`clean`] cuts page chrome off a text, [`is_nli_task`] and [`LengthRule`] look at one
-//! prompt, [`Fingerprint`] and [`KeyedOrder`] compare and order prompts. The iterators of
-//! [`sources`] read prompts out of any of the formats, in bounded memory.
+//! [`Rules`] chooses between the corrected rules and Dromedary's. A [`Rule`] is a value that looks
+//! at one [`Draft`] of a prompt: [`Cleaner`] cuts page chrome off it, [`NliRule`] and [`LengthRule`]
+//! leave prompts out; a [`Pipeline`] combines them with a program's own. [`Fingerprint`] and
+//! [`KeyedOrder`] compare and order prompts. The iterators of [`sources`] read prompts out of any
+//! of the formats, in bounded memory.
 //!
 //! ```
-//! use dromedary_prompt_cleaning::{Fingerprint, Rules, Source, clean, is_nli_task};
+//! use dromedary_prompt_cleaning::{Cleaner, Draft, Fingerprint, Lists, NotEmpty, Pipeline};
+//! use dromedary_prompt_cleaning::{Rules, Source};
 //!
 //! let rules = Rules::Corrected;
-//! let prompt = clean(rules, Source::ShareGpt, " Name three rivers.\n\nShare Prompt ").text;
+//! let pipeline = Pipeline::new().with(Cleaner::new(rules, Lists::built_in())).with(NotEmpty);
+//! let draft = Draft::new(Source::ShareGpt, " Name three rivers.\n\nShare Prompt ");
+//! let prompt = pipeline.judge(draft).draft.instruction;
 //! assert_eq!(prompt, "Name three rivers.");
-//! assert!(!is_nli_task(rules, "Who may enter the premises?"));
 //! let same = "name  three rivers.";
-//! assert_eq!(Fingerprint::of(rules, prompt), Fingerprint::of(rules, same));
+//! assert_eq!(Fingerprint::of(rules, &prompt), Fingerprint::of(rules, same));
 //! ```
 //!
 //! A row that cannot be read is counted, and beyond a stated share of such rows the file is
@@ -38,20 +41,24 @@ mod dedup;
 mod error;
 mod filter;
 mod length;
+mod lists;
+mod pipeline;
 mod report;
 mod rules;
 pub mod sources;
 pub mod text;
 
-pub use clean::{Cleaned, Edit, LANGUAGES, clean};
+pub use clean::{Cleaned, Cleaner, Edit};
 pub use commands::{
-    AggregateArgs, AggregateConfig, MergeArgs, MergeConfig, SUBCOMMANDS, Session, SharedArgs,
-    SharedConfig, SubsampleArgs, SubsampleConfig, aggregate_sharegpt, clean_and_merge,
-    subsample_openorca,
+    AggregateArgs, AggregateConfig, JudgeArgs, JudgeConfig, MergeArgs, MergeConfig, SUBCOMMANDS,
+    Session, SharedArgs, SharedConfig, SubsampleArgs, SubsampleConfig, aggregate_sharegpt,
+    clean_and_merge, subsample_openorca,
 };
 pub use dedup::{Fingerprint, KeyedOrder};
 pub use error::{Error, Result};
-pub use filter::{DropReason, LengthRule, is_nli_task};
+pub use filter::{DropReason, LengthRule, NliRule};
 pub use length::TokenCounter;
+pub use lists::Lists;
+pub use pipeline::{Draft, Dropped, Effect, Judged, NotEmpty, Pipeline, Rule, Step};
 pub use report::{InputFile, Report, SourceCounts};
 pub use rules::{Compat, Rules, Source};

@@ -6,10 +6,10 @@ use dromedary_records::RowWriter;
 use serde::{Deserialize, Serialize};
 
 use super::settings::{SharedArgs, SharedConfig, refuse_overwriting};
-use super::{Run, Session, make_report_folder, on_threads, prompt, publish};
+use super::{Run, Session, make_report_folder, on_threads, publish};
 use crate::report::{Report, SourceCounts};
 use crate::sources::{ShareGptOpening, refuse_hub_name};
-use crate::{DropReason, Fingerprint, Result, Rules, Source, text::strip};
+use crate::{Draft, DropReason, Fingerprint, Result, Rules, Source, text::strip};
 
 const COMMAND: &str = "aggregate-sharegpt";
 
@@ -86,7 +86,7 @@ fn aggregate(config: &AggregateConfig, session: &Session) -> Result<Report> {
                 match judged.unwrap_or(Err(DropReason::BadRow)) {
                     Ok((fingerprint, question)) if seen.insert(fingerprint) => {
                         counts.kept += 1;
-                        writer.write(&prompt(Source::ShareGpt, question, String::new()))?;
+                        writer.write(&Draft::new(Source::ShareGpt, question).into_prompt())?;
                     }
                     Ok(_) => counts.count_drops(DropReason::Duplicate, 1),
                     Err(reason) => counts.count_drops(reason, 1),

@@ -1,22 +1,21 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use dromedary_command::{Error, required};
 use dromedary_records::{Prompt, RowWriter};
 use serde::{Deserialize, Serialize};
 
-use super::settings::{
-    SharedArgs, SharedConfig, positive, refuse_overwriting, require_tokenizer_for_compat,
-};
-use super::{Run, Session, make_report_folder, on_threads, open_counter, prompt, publish};
+use super::settings::{JudgeArgs, JudgeConfig, SharedArgs, SharedConfig, refuse_overwriting};
+use super::{Run, Session, make_report_folder, on_threads, publish};
 use crate::buckets::KeyedBuckets;
 use crate::report::{Report, SourceCounts};
 use crate::sources::{
     AnsweredMessages, DollyPrompt, Fault, OasstMessage, Row, Value, refuse_hub_name, rows,
 };
 use crate::{
-    DropReason, Edit, Fingerprint, KeyedOrder, LengthRule, Result, Rules, Source, TokenCounter,
-    clean,
+    Cleaner, Draft, DropReason, Fingerprint, Judged, KeyedOrder, LengthRule, Lists, NotEmpty,
+    Pipeline, Result, Rules, Source,
 };
 
 const COMMAND: &str = "clean-and-merge";
@@ -40,19 +39,13 @@ pub struct MergeArgs {
     /// Where the prompts go: a JSON array, or JSON lines if it ends in .jsonl (.gz and .zst too).
     #[arg(long, value_name = "FILE", alias = "output-path")]
     pub output_file: Option<PathBuf>,
-    /// tokenizer.json that measures lengths, or a folder with one [default: none, lengths are
-    /// estimated].
-    #[arg(long, value_name = "PATH", aliases = ["tokenizer-name", "tokenizer-path"])]
-    pub tokenizer: Option<PathBuf>,
     /// Tokens of the shortest prompt that is kept, BOS counted [default: 2].
     #[arg(long, value_name = "TOKENS")]
     pub min_prompt_len: Option<usize>,
-    /// Tokens of the longest prompt that is kept, BOS counted [default: 256].
-    #[arg(long, value_name = "TOKENS")]
-    pub max_prompt_len: Option<usize>,
-    /// Seed of the order [default: 42].
-    #[arg(long)]
-    pub seed: Option<u64>,
+    /// Flags of the commands that measure, judge and order prompts.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub judge: JudgeArgs,
     /// Flags that every command has.
     #[command(flatten)]
     #[serde(flatten)]
@@ -72,14 +65,11 @@ pub struct MergeConfig {
     pub oasst: Option<PathBuf>,
     /// Where the prompts go.
     pub output_file: PathBuf,
-    /// What measures lengths; without, they are estimated.
-    pub tokenizer: Option<PathBuf>,
     /// Tokens of the shortest prompt.
     pub min_prompt_len: usize,
-    /// Tokens of the longest prompt.
-    pub max_prompt_len: usize,
-    /// Seed of the order.
-    pub seed: u64,
+    /// Settings of the commands that measure, judge and order prompts.
+    #[serde(flatten)]
+    pub judge: JudgeConfig,
     /// Settings that every command has.
     #[serde(flatten)]
     pub shared: SharedConfig,
@@ -89,17 +79,16 @@ impl TryFrom<MergeArgs> for MergeConfig {
     type Error = Error;
 
     fn try_from(args: MergeArgs) -> dromedary_command::Result<MergeConfig> {
+        let shared = SharedConfig::try_from(args.shared)?;
         let config = MergeConfig {
             sharegpt_prompt_path: args.sharegpt_prompt_path,
             openorca_prompt_path: args.openorca_prompt_path,
             dolly: args.dolly,
             oasst: args.oasst,
             output_file: required(args.output_file, "output_file")?,
-            tokenizer: args.tokenizer,
             min_prompt_len: args.min_prompt_len.unwrap_or(2),
-            max_prompt_len: positive(args.max_prompt_len.unwrap_or(256), "--max-prompt-len")?,
-            seed: args.seed.unwrap_or(42),
-            shared: args.shared.try_into()?,
+            judge: JudgeConfig::resolve(args.judge, &shared)?,
+            shared,
         };
         config.check()?;
         Ok(config)
@@ -116,10 +105,10 @@ impl MergeConfig {
                  --oasst",
             ));
         }
-        if self.min_prompt_len > self.max_prompt_len {
+        if self.min_prompt_len > self.judge.max_prompt_len {
             return Err(Error::usage(format!(
                 "--min-prompt-len {} is more than --max-prompt-len {}",
-                self.min_prompt_len, self.max_prompt_len
+                self.min_prompt_len, self.judge.max_prompt_len
             )));
         }
         for source in Source::ALL {
@@ -127,11 +116,7 @@ impl MergeConfig {
                 refuse_hub_name(file, flag(source))?;
             }
         }
-        if let Some(tokenizer) = &self.tokenizer {
-            refuse_hub_name(tokenizer, "--tokenizer")?;
-        }
-        refuse_overwriting(&self.output_file, files)?;
-        require_tokenizer_for_compat(self.shared.compat.is_some(), self.tokenizer.is_some())
+        refuse_overwriting(&self.output_file, files)
     }
 
     fn file(&self, source: Source) -> Option<&PathBuf> {
@@ -167,11 +152,8 @@ pub fn clean_and_merge(config: &MergeConfig, session: &Session) -> Result<Report
 
 fn merge(config: &MergeConfig, session: &Session) -> Result<Report> {
     make_report_folder(config.shared.report.as_deref())?;
-    let judge = Judge {
-        rules: config.shared.compat.into(),
-        counter: open_counter(config.tokenizer.as_deref())?,
-        length: LengthRule { min: config.min_prompt_len, max: config.max_prompt_len, suffix: "" },
-    };
+    let lists = Lists::open(config.judge.lists.as_deref())?;
+    let pipeline = pipeline(config, &lists)?;
     let mut writer = RowWriter::create(&config.output_file)?;
     let mut run = Run::new(session, config.shared.max_bad_rows);
     let mut merger = Merger::new(config);
@@ -183,8 +165,8 @@ fn merge(config: &MergeConfig, session: &Session) -> Result<Report> {
         merger.counts.insert(source.to_string(), SourceCounts::default());
         run.read(
             file,
-            open(source, file)?,
-            |candidate| judge.judge(source, candidate),
+            drafts(source, file, &lists)?,
+            |draft| draft.map(|draft| pipeline.judge(draft)),
             |judged| merger.admit(source, judged),
         )?;
     }
@@ -195,15 +177,27 @@ fn merge(config: &MergeConfig, session: &Session) -> Result<Report> {
     publish(report, writer, config.shared.report.as_deref())
 }
 
-/// What a source offers as a prompt: instruction and input.
-type Candidate = std::result::Result<(String, String), DropReason>;
+/// The rules that look at one prompt.
+fn pipeline(config: &MergeConfig, lists: &Arc<Lists>) -> Result<Pipeline> {
+    let length = LengthRule {
+        counter: config.judge.counter()?,
+        min: config.min_prompt_len,
+        max: config.judge.max_prompt_len,
+        suffix: "",
+    };
+    let cleaner = Cleaner::new(config.shared.compat.into(), lists.clone());
+    Ok(Pipeline::new().with(cleaner).with(NotEmpty).with(length))
+}
 
-fn open(source: Source, file: &Path) -> Result<Box<dyn Iterator<Item = Result<Row<Candidate>>>>> {
-    let alone = |instruction| (instruction, String::new());
+/// The prompts of a source, or why its rows are none.
+type Drafts = Box<dyn Iterator<Item = Result<Row<std::result::Result<Draft, DropReason>>>>>;
+
+fn drafts(source: Source, file: &Path, lists: &Arc<Lists>) -> Result<Drafts> {
+    let alone = move |instruction: String| Ok(Draft::new(source, instruction));
     Ok(match source {
-        Source::Dolly => Box::new(DollyPrompt::open(file)?.map(move |row| {
+        Source::Dolly => Box::new(DollyPrompt::open(file, lists.clone())?.map(move |row| {
             Ok(row?.map(|prompt| match prompt {
-                DollyPrompt::Prompt(instruction) => Ok(alone(instruction)),
+                DollyPrompt::Prompt(instruction) => alone(instruction),
                 DollyPrompt::Unfit(reason) => Err(reason),
             }))
         })),
@@ -211,69 +205,30 @@ fn open(source: Source, file: &Path) -> Result<Box<dyn Iterator<Item = Result<Ro
             let answered = AnsweredMessages::open(file)?;
             Box::new(OasstMessage::open(file, answered)?.map(move |row| {
                 Ok(row?.map(|message| match message {
-                    OasstMessage::Prompt(text) => Ok(alone(text)),
+                    OasstMessage::Prompt(text) => alone(text),
                     OasstMessage::Unfit(reason) => Err(reason),
                 }))
             }))
         }
-        Source::ShareGpt | Source::OpenOrca => {
-            Box::new(rows(file, &["instruction"])?.map(|row| Ok(row?.read(read_prompt))))
-        }
+        Source::ShareGpt | Source::OpenOrca => Box::new(
+            rows(file, &["instruction"])?
+                .map(move |row| Ok(row?.read(|row| read_prompt(source, row)))),
+        ),
     })
 }
 
-fn read_prompt(mut row: Value) -> std::result::Result<Candidate, Fault> {
+fn read_prompt(
+    source: Source,
+    mut row: Value,
+) -> std::result::Result<std::result::Result<Draft, DropReason>, Fault> {
     let instruction = row.take_text("instruction")?;
     let input = row.take_optional_text("input")?.unwrap_or_default();
-    Ok(Ok((instruction, input)))
-}
-
-/// The rules that look at one prompt.
-struct Judge {
-    rules: Rules,
-    counter: TokenCounter,
-    length: LengthRule,
-}
-
-struct Judged {
-    edits: Vec<Edit>,
-    outcome: std::result::Result<(Fingerprint, Prompt), DropReason>,
-}
-
-impl Judge {
-    fn judge(&self, source: Source, candidate: Candidate) -> Judged {
-        let (instruction, input) = match candidate {
-            Ok(candidate) => candidate,
-            Err(reason) => return Judged { edits: Vec::new(), outcome: Err(reason) },
-        };
-        let cleaned = clean(self.rules, source, &instruction);
-        let outcome = self.check(source, cleaned.text, input);
-        Judged { edits: cleaned.edits, outcome }
-    }
-
-    fn check(
-        &self,
-        source: Source,
-        instruction: &str,
-        input: String,
-    ) -> std::result::Result<(Fingerprint, Prompt), DropReason> {
-        if instruction.is_empty() {
-            return Err(DropReason::Empty);
-        }
-        let prompt = prompt(source, instruction.to_owned(), input);
-        let whole = match prompt.input.as_str() {
-            "" => prompt.instruction.clone(),
-            input => format!("{}\n\n{input}", prompt.instruction),
-        };
-        match self.length.check(&self.counter, &whole) {
-            Some(reason) => Err(reason),
-            None => Ok((Fingerprint::of(self.rules, &whole), prompt)),
-        }
-    }
+    Ok(Ok(Draft { source, instruction, input }))
 }
 
 /// Keeps the first of equal prompts, in the order of the seed.
 struct Merger {
+    rules: Rules,
     order: KeyedOrder,
     seen: BTreeSet<Fingerprint>,
     buckets: KeyedBuckets<Prompt>,
@@ -283,28 +238,43 @@ struct Merger {
 impl Merger {
     fn new(config: &MergeConfig) -> Merger {
         Merger {
-            order: KeyedOrder::new(config.seed),
+            rules: config.shared.compat.into(),
+            order: KeyedOrder::new(config.judge.seed),
             seen: BTreeSet::new(),
             buckets: KeyedBuckets::beside(&config.output_file),
             counts: BTreeMap::new(),
         }
     }
 
-    fn admit(&mut self, source: Source, judged: Option<Judged>) -> Result<()> {
+    fn admit(
+        &mut self,
+        source: Source,
+        judged: Option<std::result::Result<Judged, DropReason>>,
+    ) -> Result<()> {
         let counts = self.counts.entry(source.to_string()).or_default();
         counts.rows += 1;
-        let Some(judged) = judged else {
-            counts.count_drops(DropReason::BadRow, 1);
-            return Ok(());
-        };
-        counts.count_edits(&judged.edits);
-        match judged.outcome {
-            Ok((fingerprint, prompt)) if self.seen.insert(fingerprint) => {
-                counts.kept += 1;
-                self.buckets.push(self.order.output_key(&fingerprint), &prompt)?;
+        let Judged { draft, edits, dropped } = match judged {
+            None => {
+                counts.count_drops(DropReason::BadRow, 1);
+                return Ok(());
             }
-            Ok(_) => counts.count_drops(DropReason::Duplicate, 1),
-            Err(reason) => counts.count_drops(reason, 1),
+            Some(Err(reason)) => {
+                counts.count_drops(reason, 1);
+                return Ok(());
+            }
+            Some(Ok(judged)) => judged,
+        };
+        counts.count_edits(&edits);
+        if let Some(dropped) = dropped {
+            counts.count_drops(dropped.reason, 1);
+            return Ok(());
+        }
+        let fingerprint = Fingerprint::of(self.rules, &draft.whole());
+        if self.seen.insert(fingerprint) {
+            counts.kept += 1;
+            self.buckets.push(self.order.output_key(&fingerprint), &draft.into_prompt())?;
+        } else {
+            counts.count_drops(DropReason::Duplicate, 1);
         }
         Ok(())
     }

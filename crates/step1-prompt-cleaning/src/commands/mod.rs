@@ -10,18 +10,18 @@ use std::fs;
 use std::path::Path;
 
 use dromedary_command::{Progress, StopFlag};
-use dromedary_records::{Prompt, RowWriter, row_id};
+use dromedary_records::RowWriter;
 use rayon::prelude::*;
 use serde::Serialize;
 
 pub use aggregate::{AggregateArgs, AggregateConfig, aggregate_sharegpt};
 pub use merge::{MergeArgs, MergeConfig, clean_and_merge};
-pub use settings::{SharedArgs, SharedConfig};
+pub use settings::{JudgeArgs, JudgeConfig, SharedArgs, SharedConfig};
 pub use subsample::{SubsampleArgs, SubsampleConfig, subsample_openorca};
 
 use crate::report::{InputFile, Report, SourceCounts};
 use crate::sources::{BadRows, Row};
-use crate::{Error, Result, Source, TokenCounter};
+use crate::{Error, Result};
 
 /// The subcommands, which are also the tables that a configuration file may have.
 pub const SUBCOMMANDS: [&str; 3] = ["subsample-openorca", "aggregate-sharegpt", "clean-and-merge"];
@@ -115,12 +115,6 @@ fn publish(report: Report, writer: RowWriter, folder: Option<&Path>) -> Result<R
     Ok(report)
 }
 
-fn prompt(source: Source, instruction: String, input: String) -> Prompt {
-    // The rows of an output differ, so every one is the first of its kind.
-    let id = row_id(source.name(), &instruction, &input, 0);
-    Prompt { id, source: source.name().to_owned(), instruction, input }
-}
-
 /// Makes the folder of the report before the work, so that a wrong path costs no time.
 fn make_report_folder(folder: Option<&Path>) -> Result<()> {
     match folder {
@@ -128,15 +122,6 @@ fn make_report_folder(folder: Option<&Path>) -> Result<()> {
         Some(folder) => fs::create_dir_all(folder)
             .map_err(|source| Error::CreateFolder { path: folder.to_owned(), source }),
     }
-}
-
-fn open_counter(tokenizer: Option<&Path>) -> Result<TokenCounter> {
-    if tokenizer.is_none() {
-        tracing::warn!(
-            "no --tokenizer: lengths are estimates of what LLaMA's would count (most within 20 %)"
-        );
-    }
-    TokenCounter::open(tokenizer)
 }
 
 /// Runs the work on so many threads; 0 is one a core.

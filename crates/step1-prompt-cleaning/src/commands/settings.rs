@@ -1,9 +1,11 @@
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use dromedary_command::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::Compat;
+use crate::sources::refuse_hub_name;
+use crate::{Compat, TokenCounter};
 
 /// A row in a thousand may be bad.
 const MAX_BAD_ROWS: f64 = 0.001;
@@ -52,6 +54,73 @@ impl TryFrom<SharedArgs> for SharedConfig {
     }
 }
 
+/// Flags of the commands that measure, judge and order prompts.
+#[derive(Clone, Debug, Default, PartialEq, clap::Args, Serialize, Deserialize)]
+#[serde(default)]
+pub struct JudgeArgs {
+    /// tokenizer.json that measures lengths, or a folder with one [default: none, lengths are
+    /// estimated].
+    #[arg(long, value_name = "PATH", aliases = ["tokenizer-name", "tokenizer-path"])]
+    pub tokenizer: Option<PathBuf>,
+    /// Tokens of the longest prompt that is kept, BOS counted (for OpenOrca also the two line breaks
+    /// behind the question) [default: 256].
+    #[arg(long, value_name = "TOKENS")]
+    pub max_prompt_len: Option<usize>,
+    /// Seed of the order and of every choice [default: 42].
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// TOML file of phrases, keywords and categories to look for; a list that is left out keeps its
+    /// default [default: configs/step1_lists.toml, which is built in].
+    #[arg(long, value_name = "FILE")]
+    pub lists: Option<PathBuf>,
+}
+
+/// Settings of the commands that measure, judge and order prompts.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct JudgeConfig {
+    /// What measures lengths; without, they are estimated.
+    pub tokenizer: Option<PathBuf>,
+    /// Tokens of the longest prompt.
+    pub max_prompt_len: usize,
+    /// Seed of the order and of every choice.
+    pub seed: u64,
+    /// Phrases to look for in place of those that are built in.
+    pub lists: Option<PathBuf>,
+}
+
+impl JudgeConfig {
+    /// The settings of the flags, checked against those that every command has.
+    pub(crate) fn resolve(args: JudgeArgs, shared: &SharedConfig) -> Result<JudgeConfig> {
+        if let Some(tokenizer) = &args.tokenizer {
+            refuse_hub_name(tokenizer, "--tokenizer")?;
+        }
+        // Dromedary's rows cannot be promised where lengths are estimates.
+        if shared.compat.is_some() && args.tokenizer.is_none() {
+            return Err(Error::usage(
+                "--compat dromedary needs --tokenizer (the tokenizer.json of LLaMA): the \
+                 original's rows depend on exact lengths",
+            ));
+        }
+        Ok(JudgeConfig {
+            tokenizer: args.tokenizer,
+            max_prompt_len: positive(args.max_prompt_len.unwrap_or(256), "--max-prompt-len")?,
+            seed: args.seed.unwrap_or(42),
+            lists: args.lists,
+        })
+    }
+
+    /// What measures lengths.
+    pub(crate) fn counter(&self) -> crate::Result<Arc<TokenCounter>> {
+        if self.tokenizer.is_none() {
+            tracing::warn!(
+                "no --tokenizer: lengths are estimates of what LLaMA's would count (most within \
+                 20 %)"
+            );
+        }
+        Ok(Arc::new(TokenCounter::open(self.tokenizer.as_deref())?))
+    }
+}
+
 /// A share between 0 and 1.
 fn share(value: Option<f64>, default: f64, flag: &str) -> Result<f64> {
     let share = value.unwrap_or(default);
@@ -86,17 +155,6 @@ pub(crate) fn refuse_overwriting<'p>(
                 output.display()
             )));
         }
-    }
-    Ok(())
-}
-
-/// Dromedary's rows cannot be promised where lengths are estimates.
-pub(crate) fn require_tokenizer_for_compat(compat: bool, tokenizer: bool) -> Result<()> {
-    if compat && !tokenizer {
-        return Err(Error::usage(
-            "--compat dromedary needs --tokenizer (the tokenizer.json of LLaMA): the original's \
-             rows depend on exact lengths",
-        ));
     }
     Ok(())
 }

@@ -13,16 +13,16 @@ use dromedary_records::RowWriter;
 use serde::{Deserialize, Serialize};
 
 use super::settings::{
-    SharedArgs, SharedConfig, positive, refuse_overwriting, require_tokenizer_for_compat,
+    JudgeArgs, JudgeConfig, SharedArgs, SharedConfig, positive, refuse_overwriting,
 };
-use super::{Run, Session, make_report_folder, on_threads, open_counter, prompt, publish};
+use super::{Run, Session, make_report_folder, on_threads, publish};
 use crate::buckets::KeyedBuckets;
 use crate::report::{Report, SourceCounts};
 use crate::sources::{OpenOrcaQuestion, Stratum, refuse_hub_name};
 use crate::text::strip;
 use crate::{
-    DropReason, Edit, Fingerprint, KeyedOrder, LengthRule, Result, Rules, Source, TokenCounter,
-    is_nli_task,
+    Draft, DropReason, Edit, Fingerprint, KeyedOrder, LengthRule, Lists, NliRule, Result, Rules,
+    Source,
 };
 
 const COMMAND: &str = "subsample-openorca";
@@ -37,19 +37,13 @@ pub struct SubsampleArgs {
     /// Where the prompts go: a JSON array, or JSON lines if it ends in .jsonl (.gz and .zst too).
     #[arg(long, value_name = "FILE", alias = "output-file")]
     pub output_path: Option<PathBuf>,
-    /// tokenizer.json that measures lengths, or a folder with one [default: none, lengths are
-    /// estimated].
-    #[arg(long, value_name = "PATH", aliases = ["tokenizer-name", "tokenizer-path"])]
-    pub tokenizer: Option<PathBuf>,
     /// Rows kept of each of niv, flan, t0, cot [default: 10000].
     #[arg(long, value_name = "ROWS")]
     pub max_samples_per_dataset: Option<usize>,
-    /// Tokens of the longest question that is kept, BOS and two line breaks counted [default: 256].
-    #[arg(long, value_name = "TOKENS")]
-    pub max_prompt_len: Option<usize>,
-    /// Seed of the sample and of the order [default: 42].
-    #[arg(long)]
-    pub seed: Option<u64>,
+    /// Flags of the commands that measure, judge and order prompts.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub judge: JudgeArgs,
     /// Flags that every command has.
     #[command(flatten)]
     #[serde(flatten)]
@@ -63,14 +57,11 @@ pub struct SubsampleConfig {
     pub train_data_path: PathBuf,
     /// Where the prompts go.
     pub output_path: PathBuf,
-    /// What measures lengths; without, they are estimated.
-    pub tokenizer: Option<PathBuf>,
     /// Rows kept of each stratum.
     pub max_samples_per_dataset: usize,
-    /// Tokens of the longest question.
-    pub max_prompt_len: usize,
-    /// Seed of the sample and of the order.
-    pub seed: u64,
+    /// Settings of the commands that measure, judge and order prompts.
+    #[serde(flatten)]
+    pub judge: JudgeConfig,
     /// Settings that every command has.
     #[serde(flatten)]
     pub shared: SharedConfig,
@@ -83,22 +74,17 @@ impl TryFrom<SubsampleArgs> for SubsampleConfig {
         let train_data_path = required(args.train_data_path, "train_data_path")?;
         let output_path = required(args.output_path, "output_path")?;
         refuse_hub_name(&train_data_path, "--train-data-path")?;
-        if let Some(tokenizer) = &args.tokenizer {
-            refuse_hub_name(tokenizer, "--tokenizer")?;
-        }
         refuse_overwriting(&output_path, [&train_data_path])?;
-        require_tokenizer_for_compat(args.shared.compat.is_some(), args.tokenizer.is_some())?;
+        let shared = SharedConfig::try_from(args.shared)?;
         Ok(SubsampleConfig {
             train_data_path,
             output_path,
-            tokenizer: args.tokenizer,
             max_samples_per_dataset: positive(
                 args.max_samples_per_dataset.unwrap_or(10_000),
                 "--max-samples-per-dataset",
             )?,
-            max_prompt_len: positive(args.max_prompt_len.unwrap_or(256), "--max-prompt-len")?,
-            seed: args.seed.unwrap_or(42),
-            shared: args.shared.try_into()?,
+            judge: JudgeConfig::resolve(args.judge, &shared)?,
+            shared,
         })
     }
 }
@@ -116,11 +102,7 @@ pub fn subsample_openorca(config: &SubsampleConfig, session: &Session) -> Result
 
 fn subsample(config: &SubsampleConfig, session: &Session) -> Result<Report> {
     make_report_folder(config.shared.report.as_deref())?;
-    let judge = Judge {
-        rules: config.shared.compat.into(),
-        counter: open_counter(config.tokenizer.as_deref())?,
-        length: LengthRule { min: 0, max: config.max_prompt_len, suffix: "\n\n" },
-    };
+    let judge = Judge::open(config)?;
     let mut writer = RowWriter::create(&config.output_path)?;
     let mut run = Run::new(session, config.shared.max_bad_rows);
     let mut sampler = Sampler::new(config, judge.rules);
@@ -139,7 +121,7 @@ fn subsample(config: &SubsampleConfig, session: &Session) -> Result<Report> {
 /// The rules that look at one question.
 struct Judge {
     rules: Rules,
-    counter: TokenCounter,
+    nli: NliRule,
     length: LengthRule,
 }
 
@@ -152,15 +134,27 @@ struct Judged {
 }
 
 impl Judge {
+    fn open(config: &SubsampleConfig) -> Result<Judge> {
+        let rules = config.shared.compat.into();
+        let lists = Lists::open(config.judge.lists.as_deref())?;
+        let length = LengthRule {
+            counter: config.judge.counter()?,
+            min: 0,
+            max: config.judge.max_prompt_len,
+            suffix: "\n\n",
+        };
+        Ok(Judge { rules, nli: NliRule::new(rules, lists), length })
+    }
+
     fn judge(&self, row: OpenOrcaQuestion) -> Judged {
         let question = strip(&row.question);
         // Dromedary has no such rule and keeps one empty question.
         let drop = if question.is_empty() && self.rules == Rules::Corrected {
             Some(DropReason::Empty)
-        } else if is_nli_task(self.rules, question) {
+        } else if self.nli.keyword(question).is_some() {
             Some(DropReason::NliTask)
         } else {
-            self.length.check(&self.counter, question)
+            self.length.check(question)
         };
         Judged {
             stratum: row.stratum,
@@ -196,7 +190,7 @@ impl Sampler {
     fn new(config: &SubsampleConfig, rules: Rules) -> Sampler {
         Sampler {
             rules,
-            order: KeyedOrder::new(config.seed),
+            order: KeyedOrder::new(config.judge.seed),
             rows: 0,
             places: HashMap::new(),
             buckets: KeyedBuckets::beside(&config.output_path),
@@ -276,7 +270,7 @@ impl Sampler {
                 continue;
             }
             counts.kept += 1;
-            writer.write(&prompt(Source::OpenOrca, question, String::new()))?;
+            writer.write(&Draft::new(Source::OpenOrca, question).into_prompt())?;
         }
         let mut counts: BTreeMap<String, SourceCounts> = BTreeMap::new();
         for (stratum, of_stratum) in self.counts {

@@ -1,11 +1,8 @@
 use std::path::Path;
+use std::sync::Arc;
 
 use super::{Fault, Row, Value, rows};
-use crate::{DropReason, Result};
-
-/// The categories whose prompts need nothing but themselves.
-const CATEGORIES: [&str; 5] =
-    ["creative_writing", "brainstorming", "open_qa", "general_qa", "classification"];
+use crate::{DropReason, Lists, Result};
 
 /// A row of Dolly, or why it is no prompt.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,20 +14,24 @@ pub enum DollyPrompt {
 }
 
 impl DollyPrompt {
-    /// The rows of a file with `instruction`, `context` and `category`.
+    /// The rows of a file with `instruction`, `context` and `category`; of the categories in the
+    /// lists.
     ///
     /// # Errors
     /// As [`rows`].
-    pub fn open(path: &Path) -> Result<impl Iterator<Item = Result<Row<DollyPrompt>>> + use<>> {
+    pub fn open(
+        path: &Path,
+        lists: Arc<Lists>,
+    ) -> Result<impl Iterator<Item = Result<Row<DollyPrompt>>> + use<>> {
         let rows = rows(path, &["instruction", "context", "category"])?;
-        Ok(rows.map(|row| Ok(row?.read(DollyPrompt::read))))
+        Ok(rows.map(move |row| Ok(row?.read(|row| DollyPrompt::read(row, &lists)))))
     }
 
-    fn read(mut row: Value) -> std::result::Result<DollyPrompt, Fault> {
+    fn read(mut row: Value, lists: &Lists) -> std::result::Result<DollyPrompt, Fault> {
         let instruction = row.take_text("instruction")?;
         let category = row.take_text("category")?;
         let context = row.take_optional_text("context")?.unwrap_or_default();
-        Ok(if !CATEGORIES.contains(&category.as_str()) {
+        Ok(if !lists.dolly_categories.contains(&category) {
             DollyPrompt::Unfit(DropReason::OtherCategory)
         } else if !context.is_empty() {
             DollyPrompt::Unfit(DropReason::HasContext)

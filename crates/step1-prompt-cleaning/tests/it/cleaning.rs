@@ -1,8 +1,12 @@
 use dromedary_prompt_cleaning::text::{is_space, normalize, strip};
-use dromedary_prompt_cleaning::{Edit, LANGUAGES, Rules, Source, clean};
+use dromedary_prompt_cleaning::{Cleaned, Cleaner, Edit, Lists, Rules, Source};
 use proptest::prelude::*;
 
 const GOLDENS: &str = include_str!("../data/cleaning_goldens.json");
+
+fn clean(rules: Rules, source: Source, text: &str) -> Cleaned<'_> {
+    Cleaner::new(rules, Lists::built_in()).clean(source, text)
+}
 
 fn goldens() -> serde_json::Value {
     serde_json::from_str(GOLDENS).unwrap()
@@ -78,22 +82,19 @@ fn chrome_as_pages_print_it_goes() {
         (format!("2 / 13\n \t\n{text}"), Edit::LeadingCounter),
         (format!("{text}\r\n\r\n3 / 3"), Edit::TrailingCounter),
         (format!("Jane Doe\n\n1 / 1\n\n{text}"), Edit::PageMark),
-        (
-            format!("{text}\n\u{c9c0}\u{ae08} \u{bc88}\u{c5ed}\u{d558}\u{ae30}\nrest"),
-            Edit::KoreanButton,
-        ),
+        (format!("{text}\n\u{c9c0}\u{ae08} \u{bc88}\u{c5ed}\u{d558}\u{ae30}\nrest"), Edit::Footer),
         (format!("{text}\n \n Language: Thai and more"), Edit::LanguageBlock),
-        (format!("{text}\nShare Prompt"), Edit::SharePrompt),
-        (format!("{text}\n\nTranslate now"), Edit::TranslateNow),
+        (format!("{text}\nShare Prompt"), Edit::Button),
+        (format!("{text}\n\nTranslate now"), Edit::Button),
         (
             format!("~The following is a conversation with Bing, not ChatGPT.~\n{text}"),
-            Edit::BingBanner,
+            Edit::Banner,
         ),
         (format!("\u{1c}{text}\u{3000}"), Edit::Whitespace),
     ] {
         assert_eq!(corrected(&page), (text, vec![edit]), "{page:?}");
     }
-    for language in LANGUAGES {
+    for language in &Lists::built_in().languages {
         let page = format!("{text}\nLanguage: {language}");
         assert_eq!(corrected(&page), (text, vec![Edit::LanguageName]), "{page:?}");
     }
@@ -105,8 +106,7 @@ fn chrome_goes_in_any_order_and_each_rule_is_named_once() {
         "1 / 1\n\nWhat is a loop?\nShare Prompt\nTranslate now\nLanguage: Thai\nShare Prompt";
     let (text, edits) = corrected(page);
     assert_eq!(text, "What is a loop?");
-    let expected =
-        [Edit::LeadingCounter, Edit::SharePrompt, Edit::LanguageName, Edit::TranslateNow];
+    let expected = [Edit::LeadingCounter, Edit::Button, Edit::LanguageName];
     assert_eq!(edits, expected);
 }
 

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use dromedary_command::StopFlag;
 use dromedary_prompt_cleaning::{
-    AggregateArgs, AggregateConfig, Compat, Error, MergeArgs, MergeConfig, Report, Result, Session,
-    SharedArgs, SubsampleArgs, SubsampleConfig, aggregate_sharegpt, clean_and_merge,
-    subsample_openorca,
+    AggregateArgs, AggregateConfig, Compat, Error, JudgeArgs, MergeArgs, MergeConfig, Report,
+    Result, Session, SharedArgs, SubsampleArgs, SubsampleConfig, aggregate_sharegpt,
+    clean_and_merge, subsample_openorca,
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -16,7 +16,8 @@ use crate::support::{
 };
 
 fn subsample(args: SubsampleArgs) -> Result<Report> {
-    let args = SubsampleArgs { tokenizer: Some(small_tokenizer()), ..args };
+    let judge = JudgeArgs { tokenizer: Some(small_tokenizer()), ..args.judge };
+    let args = SubsampleArgs { judge, ..args };
     let report = subsample_openorca(&SubsampleConfig::try_from(args).unwrap(), &quiet())?;
     assert_sums(&report);
     Ok(report)
@@ -103,7 +104,7 @@ fn the_cap_holds_for_each_stratum_and_draws_by_seed() {
     let sample = |seed, cap, name: &str| {
         let output = folder.path(name);
         let report = subsample(SubsampleArgs {
-            seed: Some(seed),
+            judge: JudgeArgs { seed: Some(seed), ..JudgeArgs::default() },
             max_samples_per_dataset: Some(cap),
             ..sample_of(&input, &output)
         });
@@ -163,7 +164,7 @@ fn rows_beyond_memory_come_back_in_the_same_order() {
     let args = MergeArgs {
         sharegpt_prompt_path: Some(input),
         output_file: Some(output.clone()),
-        max_prompt_len: Some(100_000),
+        judge: JudgeArgs { max_prompt_len: Some(100_000), ..JudgeArgs::default() },
         ..MergeArgs::default()
     };
     let report = clean_and_merge(&MergeConfig::try_from(args).unwrap(), &quiet()).unwrap();
@@ -212,7 +213,8 @@ fn sharegpt_keeps_the_first_of_equal_prompts_over_all_files() {
 }
 
 fn merge(args: MergeArgs) -> Result<Report> {
-    let args = MergeArgs { tokenizer: Some(small_tokenizer()), ..args };
+    let judge = JudgeArgs { tokenizer: Some(small_tokenizer()), ..args.judge };
+    let args = MergeArgs { judge, ..args };
     let report = clean_and_merge(&MergeConfig::try_from(args).unwrap(), &quiet())?;
     assert_sums(&report);
     Ok(report)
@@ -399,7 +401,7 @@ proptest! {
         let output = folder.path("out.json");
         let args = SubsampleArgs {
             shared: following(Some(Compat::Dromedary)),
-            max_prompt_len: Some(12),
+            judge: JudgeArgs { max_prompt_len: Some(12), ..JudgeArgs::default() },
             ..sample_of(&folder.lines("o.jsonl", &lines), &output)
         };
         match subsample(args) {

@@ -1,12 +1,17 @@
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use dromedary_prompt_cleaning::sources::Stratum;
 use dromedary_prompt_cleaning::{
-    DropReason, Edit, Fingerprint, KeyedOrder, LengthRule, Rules, TokenCounter, is_nli_task,
+    DropReason, Edit, Fingerprint, KeyedOrder, LengthRule, Lists, NliRule, Rules, TokenCounter,
 };
 use proptest::prelude::*;
 
 use crate::support::{real_sample, small_tokenizer};
+
+fn is_nli_task(rules: Rules, text: &str) -> bool {
+    NliRule::new(rules, Lists::built_in()).keyword(text).is_some()
+}
 
 #[test]
 fn nli_keywords_stand_on_word_borders() {
@@ -33,11 +38,12 @@ fn the_first_stratum_in_the_id_counts() {
 
 #[test]
 fn lengths_are_checked_at_both_ends() {
-    let counter = TokenCounter::open(Some(&small_tokenizer())).unwrap();
+    let counter = Arc::new(TokenCounter::open(Some(&small_tokenizer())).unwrap());
     let tokenizer = dromedary_tokenizer::Tokenizer::open(small_tokenizer()).unwrap();
     let text = "Once upon a time, there was a little girl.";
     let with_suffix = tokenizer.len_with_bos(&format!("{text}\n\n"));
-    let check = |min, max, suffix| LengthRule { min, max, suffix }.check(&counter, text);
+    let check =
+        |min, max, suffix| LengthRule { counter: counter.clone(), min, max, suffix }.check(text);
     assert_eq!(check(0, with_suffix, "\n\n"), None);
     assert_eq!(check(0, with_suffix - 1, "\n\n"), Some(DropReason::TooLong));
     let alone = tokenizer.len_with_bos(text);

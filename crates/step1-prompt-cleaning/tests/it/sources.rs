@@ -1,6 +1,7 @@
 use std::fs::File;
 use std::path::Path;
 
+use dromedary_prompt_cleaning::Lists;
 use dromedary_prompt_cleaning::sources::{
     AnsweredMessages, DollyPrompt, OasstMessage, OpenOrcaQuestion, Row, ShareGptOpening, Stratum,
 };
@@ -238,7 +239,7 @@ fn dolly_categories_and_contexts() {
         ],
     );
     assert_eq!(
-        all(DollyPrompt::open(&path).unwrap()),
+        all(DollyPrompt::open(&path, Lists::built_in()).unwrap()),
         [
             Ok(DollyPrompt::Prompt("creative_writing".to_owned())),
             Ok(DollyPrompt::Unfit(DropReason::HasContext)),
@@ -345,7 +346,7 @@ fn real_samples_read_without_a_fault() {
     assert_eq!(rows.len(), 284);
     assert!(rows.iter().all(|row| row.is_ok()));
     let Some(path) = real_sample("dolly/dolly_exact_45.jsonl") else { return };
-    let rows = all(DollyPrompt::open(&path).unwrap());
+    let rows = all(DollyPrompt::open(&path, Lists::built_in()).unwrap());
     let prompts = rows.iter().filter(|row| matches!(row, Ok(DollyPrompt::Prompt(_)))).count();
     assert_eq!((rows.len(), prompts), (45, 42));
     let Some(path) = real_sample("oasst1/en_100_tree.jsonl") else { return };
