@@ -45,7 +45,9 @@ pub enum Error {
         supported: &'static str,
     },
     /// The model cannot be split over so many ranks.
-    #[error("tp = {tp} does not fit: the model has {count} {what}, and every rank needs one")]
+    #[error(
+        "tp = {tp} is not in 1..={count}: the model has {count} {what}, and every rank needs one"
+    )]
     TooManyRanks {
         /// The tensor-parallel size that was asked for.
         tp: usize,

@@ -31,6 +31,7 @@ pub mod cli;
 mod config;
 mod device;
 mod error;
+mod footprint;
 pub mod generation;
 mod heads;
 pub mod kv_cache;
@@ -44,10 +45,13 @@ mod readme;
 mod rotary;
 
 pub use adapter::{Adapter, AdapterFile, LoraConfig, LoraPair};
-pub use checkpoint::{Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_SIZE, Dtype, TensorSpec};
+pub use checkpoint::{
+    Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_SIZE, Dtype, ReadCounters, TensorSpec,
+};
 pub use config::{LlamaConfig, RopeScaling, check_tokenizer, eos_token_ids};
 pub use device::{select_device, select_kind};
 pub use error::{Error, Result, TensorProblems};
+pub use footprint::{Footprint, Slowest};
 pub use linear::{Linear, Lora, Parallel, Part, Weight};
 pub use merge::{MergeOptions, MergeReport, merge};
 pub use model::{AttendInLayer, Llama, LoadOptions};

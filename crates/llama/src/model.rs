@@ -46,12 +46,12 @@ impl Default for LoadOptions {
 impl LoadOptions {
     /// Most CPUs multiply 16-bit numbers one by one: on two cores with AVX2 a product takes 2.6 s in
     /// bf16 and 0.04 s in f32.
-    fn compute_kind(&self) -> Kind {
+    pub(crate) fn compute_kind(&self) -> Kind {
         if self.device == Device::Cpu { Kind::Float } else { self.kind }
     }
 
     /// Whether packing is asked for and possible.
-    fn packs(&self) -> bool {
+    pub(crate) fn packs(&self) -> bool {
         self.pack
             && self.device == Device::Cpu
             && self.kind == Kind::Float

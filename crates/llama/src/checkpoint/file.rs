@@ -36,7 +36,37 @@ pub(crate) struct SafetensorsFile {
     size: u64,
     header_hash: blake3::Hash,
     entries: BTreeMap<String, Entry>,
+    counters: Counters,
+}
+
+/// What [`ReadCounters`] is taken from.
+#[derive(Debug, Default)]
+struct Counters {
+    reads: AtomicU64,
     bytes_read: AtomicU64,
+    bytes_copied: AtomicU64,
+}
+
+/// What was read of the tensors of a checkpoint since it was opened.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct ReadCounters {
+    /// Calls of `pread`.
+    pub reads: u64,
+    /// Bytes that they gave.
+    pub bytes_read: u64,
+    /// Bytes that became part of a tensor: less, where a rank takes its columns out of whole rows.
+    pub bytes_copied: u64,
+}
+
+impl ReadCounters {
+    /// The sum over two files.
+    pub(crate) fn plus(self, other: Self) -> Self {
+        Self {
+            reads: self.reads + other.reads,
+            bytes_read: self.bytes_read + other.bytes_read,
+            bytes_copied: self.bytes_copied + other.bytes_copied,
+        }
+    }
 }
 
 impl SafetensorsFile {
@@ -71,7 +101,7 @@ impl SafetensorsFile {
             size,
             header_hash: header.hash,
             entries,
-            bytes_read: AtomicU64::new(0),
+            counters: Counters::default(),
         })
     }
 
@@ -91,8 +121,17 @@ impl SafetensorsFile {
         &self.entries
     }
 
-    pub(crate) fn bytes_read(&self) -> u64 {
-        self.bytes_read.load(Ordering::Relaxed)
+    pub(crate) fn counters(&self) -> ReadCounters {
+        let value = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        ReadCounters {
+            reads: value(&self.counters.reads),
+            bytes_read: value(&self.counters.bytes_read),
+            bytes_copied: value(&self.counters.bytes_copied),
+        }
+    }
+
+    fn count_copied(&self, bytes: usize) {
+        self.counters.bytes_copied.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
     pub(crate) fn entry(&self, name: &str) -> Result<&Entry> {
@@ -115,6 +154,7 @@ impl SafetensorsFile {
             let mut done = 0;
             for chunk in bytes.chunks_mut(CHUNK) {
                 self.pread(chunk, begin + done)?;
+                self.count_copied(chunk.len());
                 self.check_finite(name, dtype, chunk, done)?;
                 done += chunk.len() as u64;
             }
@@ -150,6 +190,7 @@ impl SafetensorsFile {
                 for (slice, row) in slices.chunks_mut(to - from).zip(chunk.chunks(row_bytes)) {
                     slice.copy_from_slice(&row[from..to]);
                 }
+                self.count_copied(slices.len());
                 self.check_finite(name, dtype, slices, written)?;
                 read += chunk.len() as u64;
                 written += slices.len() as u64;
@@ -184,7 +225,8 @@ impl SafetensorsFile {
             },
             _ => Error::Io { path: self.path.clone(), source },
         })?;
-        self.bytes_read.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.counters.reads.fetch_add(1, Ordering::Relaxed);
+        self.counters.bytes_read.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         Ok(())
     }
 

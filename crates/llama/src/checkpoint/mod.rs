@@ -11,6 +11,7 @@ mod tensors;
 mod writer;
 
 pub use dtype::Dtype;
+pub use file::ReadCounters;
 pub use output::TensorSpec;
 pub use reader::Checkpoint;
 pub use writer::{CheckpointWriter, DEFAULT_MAX_SHARD_SIZE};
@@ -18,4 +19,4 @@ pub use writer::{CheckpointWriter, DEFAULT_MAX_SHARD_SIZE};
 pub(crate) use file::SafetensorsFile;
 pub(crate) use output::SafetensorsWriter;
 
-pub(crate) use tensors::{linear_shapes, tensor_shapes};
+pub(crate) use tensors::{EMBEDDING, linear_shapes, tensor_shapes};

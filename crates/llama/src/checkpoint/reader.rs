@@ -9,7 +9,7 @@ use tch::Tensor;
 
 use super::{
     dtype::Dtype,
-    file::{Entry, SafetensorsFile},
+    file::{Entry, ReadCounters, SafetensorsFile},
     index::open_files,
     tensors::{HEAD, is_derived, tensor_shapes},
 };
@@ -166,9 +166,12 @@ impl Checkpoint {
         }))
     }
 
-    /// Bytes read from the tensors of all files since they were opened.
-    pub fn bytes_read(&self) -> u64 {
-        self.files.iter().map(SafetensorsFile::bytes_read).sum()
+    /// What was read of the tensors of all files since they were opened.
+    pub fn counters(&self) -> ReadCounters {
+        self.files
+            .iter()
+            .map(SafetensorsFile::counters)
+            .fold(ReadCounters::default(), ReadCounters::plus)
     }
 
     /// Bytes of the files, headers included.

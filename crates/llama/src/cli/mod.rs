@@ -4,15 +4,16 @@ mod byte_size;
 mod complete;
 mod inspect;
 mod merge;
+mod plan;
 
 use std::process::ExitCode;
 
 use dromedary_command::{Common, init_logging};
 
 /// Names of the tables that a `--config` file may have.
-const SUBCOMMANDS: [&str; 3] = ["complete", "inspect", "merge"];
+const SUBCOMMANDS: [&str; 4] = ["complete", "inspect", "merge", "plan"];
 
-/// LLaMA checkpoints: look at them, merge adapters into them, run them.
+/// LLaMA checkpoints: look at them, plan their split over processes, merge adapters into them, run them.
 #[derive(Debug, clap::Parser)]
 #[command(name = "llama", version)]
 pub struct Cli {
@@ -27,6 +28,7 @@ enum Command {
     Complete(complete::CompleteArgs),
     Inspect(inspect::InspectArgs),
     Merge(merge::MergeArgs),
+    Plan(plan::PlanArgs),
 }
 
 /// Runs the program with the arguments of this process.
@@ -46,6 +48,7 @@ impl Cli {
             Command::Complete(args) => complete::run(args, &common),
             Command::Inspect(args) => inspect::run(args, &common),
             Command::Merge(args) => merge::run(args, &common),
+            Command::Plan(args) => plan::run(args, &common),
         }
     }
 }

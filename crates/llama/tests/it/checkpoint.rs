@@ -33,7 +33,7 @@ fn tensors_are_read_as_they_are_stored() {
         for (name, tensor) in &tiny.tensors {
             assert_same(&checkpoint.read(name).unwrap(), tensor);
             bytes += tensor.numel() * kind.elt_size_in_bytes();
-            assert_eq!(checkpoint.bytes_read(), bytes as u64);
+            assert_eq!(checkpoint.counters().bytes_read, bytes as u64);
         }
     }
 }
@@ -96,18 +96,18 @@ fn tensors_larger_than_one_read_are_whole() {
     let plan = Plan::new(checkpoint.config(), 3).unwrap();
     let (up, down) = ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight");
     assert_same(&checkpoint.read(up).unwrap(), &tiny.tensors[up]);
-    let before = checkpoint.bytes_read();
+    let before = checkpoint.counters().bytes_read;
     let parts: Vec<_> =
         (0..3).map(|rank| checkpoint.read_slice(up, &plan.rank(rank).shard(up)).unwrap()).collect();
     assert_same(&Tensor::cat(&parts, 0), &tiny.tensors[up]);
     // Rows are read alone, columns out of whole rows.
-    assert_eq!(checkpoint.bytes_read() - before, 4 * 1050 * 1411);
-    let before = checkpoint.bytes_read();
+    assert_eq!(checkpoint.counters().bytes_read - before, 4 * 1050 * 1411);
+    let before = checkpoint.counters().bytes_read;
     let parts: Vec<_> = (0..3)
         .map(|rank| checkpoint.read_slice(down, &plan.rank(rank).shard(down)).unwrap())
         .collect();
     assert_same(&Tensor::cat(&parts, 1), &tiny.tensors[down]);
-    assert_eq!(checkpoint.bytes_read() - before, 3 * 4 * 1050 * 1411);
+    assert_eq!(checkpoint.counters().bytes_read - before, 3 * 4 * 1050 * 1411);
     let mut blocks = Vec::new();
     for block in checkpoint.read_blocks(down, 100_000).unwrap() {
         let (rows, block) = block.unwrap();

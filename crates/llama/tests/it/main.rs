@@ -15,6 +15,7 @@ mod merge; // adapters into their base, `llama merge`
 mod model; // parts of the model, adapters in place
 mod parity; // logits against golden values
 mod plan; // the split over ranks
+mod plan_command; // `llama plan`
 mod support; // models run in short
 mod tensor_parallel; // several ranks against one
 mod tiny; // checkpoints for the above

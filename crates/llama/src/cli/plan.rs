@@ -1,0 +1,363 @@
+use std::{
+    fmt::Write as _,
+    io::{self, Write as _},
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+use dromedary_command::{Common, Error, boolean, layered, print_config, required};
+use serde::{Deserialize, Serialize};
+use tch::Device;
+
+use super::SUBCOMMANDS;
+use crate::{
+    Checkpoint, Dtype, Footprint, LlamaConfig, LoadOptions, Plan, RankPlan, Slowest, select_device,
+    select_kind,
+};
+
+/// Show how a model is split over processes: what each of them owns, stores and computes.
+///
+/// Nothing is loaded. Any number of processes up to the number of query heads will do, it need not
+/// divide anything. The slowest process is the one that all others wait for: 1.10 x the mean work
+/// means that the split gives at most 1 / 1.10 of the speed of an even one.
+#[derive(Debug, Default, clap::Args, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct PlanArgs {
+    /// Folder of the checkpoint, or a config.json alone.
+    #[arg(long, value_name = "PATH", aliases = ["ckpt-dir", "model-name-or-path"])]
+    checkpoint: Option<PathBuf>,
+    /// Processes that the model is split over [default: 1].
+    #[arg(long, value_name = "COUNT")]
+    tp: Option<usize>,
+    /// Where it would run: auto, cpu or cuda; auto is a GPU where there is one here
+    /// [default: auto].
+    #[arg(long)]
+    device: Option<String>,
+    /// Kind of the weights: auto, f32, bf16 or f16; auto is f32 on a CPU and the stored one on a GPU
+    /// [default: auto].
+    #[arg(long)]
+    dtype: Option<String>,
+    /// Tokens of the prefix that all rows share: each rank keeps its keys and values once, and every
+    /// new token attends to them [default: 0].
+    #[arg(long, value_name = "TOKENS")]
+    prefix_tokens: Option<u64>,
+    /// Print JSON, with exact numbers, instead of a table [default: false].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
+    json: Option<bool>,
+}
+
+#[derive(Debug, Serialize)]
+struct PlanConfig {
+    checkpoint: PathBuf,
+    tp: usize,
+    device: String,
+    dtype: String,
+    prefix_tokens: u64,
+    json: bool,
+}
+
+impl TryFrom<PlanArgs> for PlanConfig {
+    type Error = Error;
+
+    fn try_from(args: PlanArgs) -> Result<Self, Error> {
+        Ok(Self {
+            checkpoint: required(args.checkpoint, "checkpoint")?,
+            tp: args.tp.unwrap_or(1),
+            device: args.device.unwrap_or_else(|| "auto".into()),
+            dtype: args.dtype.unwrap_or_else(|| "auto".into()),
+            prefix_tokens: args.prefix_tokens.unwrap_or(0),
+            json: args.json.unwrap_or(false),
+        })
+    }
+}
+
+pub(super) fn run(args: PlanArgs, common: &Common) -> anyhow::Result<()> {
+    let config = PlanConfig::try_from(layered("plan", &SUBCOMMANDS, args, common)?)?;
+    if common.print_config {
+        return Ok(print_config("plan", &config)?);
+    }
+    let report = Report::new(&config)?;
+    let text =
+        if config.json { serde_json::to_string_pretty(&report)? + "\n" } else { report.table()? };
+    io::stdout().write_all(text.as_bytes())?;
+    Ok(())
+}
+
+/// What is printed: the whole of it as JSON, or as a table.
+#[derive(Debug, Serialize)]
+struct Report {
+    checkpoint: PathBuf,
+    tp: usize,
+    device: &'static str,
+    dtype: String,
+    kv_dtype: String,
+    num_hidden_layers: i64,
+    num_attention_heads: i64,
+    num_key_value_heads: i64,
+    intermediate_size: i64,
+    vocab_size: i64,
+    prefix_tokens: u64,
+    ranks: Vec<Rank>,
+    total: Bytes,
+    slowest: Option<Slowest>,
+}
+
+#[derive(Debug, Serialize)]
+struct Rank {
+    rank: usize,
+    q_heads: Range<usize>,
+    kv_heads: Range<usize>,
+    groups: Vec<Group>,
+    intermediate: Range<i64>,
+    vocab: Range<i64>,
+    #[serde(flatten)]
+    bytes: Bytes,
+    parameters: u64,
+    parameters_read: u64,
+    work_per_token: u64,
+}
+
+/// Query heads that read one key/value head.
+#[derive(Debug, Serialize)]
+struct Group {
+    kv_head: usize,
+    q_heads: Range<usize>,
+}
+
+#[derive(Debug, Default, Clone, Copy, Serialize)]
+struct Bytes {
+    weight_bytes: u64,
+    kv_bytes_per_token: u64,
+    prefix_bytes: u64,
+}
+
+impl Bytes {
+    fn plus(self, other: Self) -> Self {
+        Self {
+            weight_bytes: self.weight_bytes + other.weight_bytes,
+            kv_bytes_per_token: self.kv_bytes_per_token + other.kv_bytes_per_token,
+            prefix_bytes: self.prefix_bytes + other.prefix_bytes,
+        }
+    }
+}
+
+impl Report {
+    fn new(settings: &PlanConfig) -> anyhow::Result<Self> {
+        let (config, stored) = model(&settings.checkpoint)?;
+        let plan = Plan::new(&config, settings.tp)?;
+        let context = u64::try_from(config.max_position_embeddings)?;
+        if settings.prefix_tokens >= context {
+            anyhow::bail!(
+                "--prefix-tokens {} leaves no room in the model's context of {context}",
+                settings.prefix_tokens
+            );
+        }
+        let device = planned_device(&settings.device)?;
+        let kind = select_kind(&settings.dtype, device, stored)?;
+        let options = LoadOptions { device, kind, tp: settings.tp, ..LoadOptions::default() };
+        let footprints: Vec<Footprint> = (0..settings.tp)
+            .map(|tp_rank| Footprint::new(&config, &plan, &LoadOptions { tp_rank, ..options }))
+            .collect();
+        let ranks: Vec<Rank> = footprints
+            .iter()
+            .enumerate()
+            .map(|(rank, cost)| Rank::new(rank, plan.rank(rank), cost, settings.prefix_tokens))
+            .collect();
+        let name = |kind| Dtype::of_kind(kind).map_or_else(String::new, |dtype| dtype.to_string());
+        Ok(Self {
+            checkpoint: settings.checkpoint.clone(),
+            tp: settings.tp,
+            device: if device == Device::Cpu { "cpu" } else { "cuda" },
+            dtype: name(kind),
+            kv_dtype: name(options.compute_kind()),
+            num_hidden_layers: config.num_hidden_layers,
+            num_attention_heads: config.num_attention_heads,
+            num_key_value_heads: config.num_key_value_heads,
+            intermediate_size: config.intermediate_size,
+            vocab_size: config.vocab_size,
+            prefix_tokens: settings.prefix_tokens,
+            total: ranks.iter().map(|rank| rank.bytes).fold(Bytes::default(), Bytes::plus),
+            ranks,
+            slowest: Slowest::of(&footprints, settings.prefix_tokens),
+        })
+    }
+
+    fn table(&self) -> anyhow::Result<String> {
+        let mut text = String::new();
+        writeln!(text, "model      {}", self.checkpoint.display())?;
+        writeln!(
+            text,
+            "           {} layers, {} query and {} key/value heads, {} ffn columns, {} vocabulary \
+             rows",
+            self.num_hidden_layers,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.intermediate_size,
+            self.vocab_size
+        )?;
+        writeln!(
+            text,
+            "kept as    {} on {}, keys and values in {}; prefix of {} tokens",
+            self.dtype, self.device, self.kv_dtype, self.prefix_tokens
+        )?;
+        writeln!(text)?;
+        let mut rows = vec![HEADINGS.map(String::from).to_vec()];
+        rows.extend(self.ranks.iter().map(Rank::cells));
+        let mut total = vec!["all".to_owned()];
+        total.resize(HEADINGS.len() - 4, String::new());
+        total.extend(self.total.cells());
+        rows.push(total);
+        text.push_str(&aligned(&rows));
+        if let Some(slowest) = self.slowest {
+            writeln!(text)?;
+            writeln!(
+                text,
+                "slowest    rank {} with {:.3} x the mean work for a token and {:.3} x the mean \
+                 weights",
+                slowest.rank, slowest.work_over_mean, slowest.weights_over_mean
+            )?;
+        }
+        Ok(text)
+    }
+}
+
+const HEADINGS: [&str; 10] = [
+    "rank",
+    "query heads",
+    "key/value heads",
+    "queries of each",
+    "ffn columns",
+    "vocabulary rows",
+    "weights",
+    "K/V a token",
+    "prefix",
+    "multiply-adds a token",
+];
+
+impl Rank {
+    fn new(rank: usize, plan: &RankPlan, cost: &Footprint, prefix_tokens: u64) -> Self {
+        let group = |(kv_head, q_heads): &(usize, Range<usize>)| Group {
+            kv_head: *kv_head,
+            q_heads: q_heads.clone(),
+        };
+        Self {
+            rank,
+            q_heads: plan.q_heads(),
+            kv_heads: plan.kv_heads(),
+            groups: plan.groups.iter().map(group).collect(),
+            intermediate: plan.intermediate.clone(),
+            vocab: plan.vocab.clone(),
+            bytes: Bytes {
+                weight_bytes: cost.weight_bytes,
+                kv_bytes_per_token: cost.kv_bytes_per_token,
+                prefix_bytes: cost.kv_bytes(prefix_tokens),
+            },
+            parameters: cost.parameters,
+            parameters_read: cost.parameters_read,
+            work_per_token: cost.work(prefix_tokens),
+        }
+    }
+
+    fn cells(&self) -> Vec<String> {
+        let mut sizes: Vec<String> =
+            self.groups.iter().map(|group| group.q_heads.len().to_string()).collect();
+        sizes.dedup();
+        let mut cells = vec![
+            self.rank.to_string(),
+            format!("{:?}", self.q_heads),
+            format!("{:?}", self.kv_heads),
+            sizes.join(", "),
+            format!("{:?}", self.intermediate),
+            format!("{:?}", self.vocab),
+        ];
+        cells.extend(self.bytes.cells());
+        cells.push(short(self.work_per_token, ""));
+        cells
+    }
+}
+
+impl Bytes {
+    fn cells(&self) -> [String; 3] {
+        [self.weight_bytes, self.kv_bytes_per_token, self.prefix_bytes].map(|n| short(n, "B"))
+    }
+}
+
+/// Four digits and a decimal prefix, as in `538.1 MB`.
+fn short(number: u64, unit: &str) -> String {
+    let mut value = number as f64;
+    let mut prefixes = ["", "k", "M", "G", "T"].into_iter();
+    let mut prefix = prefixes.next().unwrap_or_default();
+    for larger in prefixes {
+        if value < 999.5 {
+            break;
+        }
+        value /= 1000.0;
+        prefix = larger;
+    }
+    let digits = if prefix.is_empty() || value >= 99.95 { 0 } else { 1 };
+    let separator = if prefix.is_empty() && unit.is_empty() { "" } else { " " };
+    format!("{value:.digits$}{separator}{prefix}{unit}")
+}
+
+/// Columns as wide as their widest cell.
+fn aligned(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width =
+        |column| rows.iter().filter_map(|row: &Vec<String>| row.get(column)).map(String::len).max();
+    let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();
+    let mut text = String::new();
+    for row in rows {
+        let cells: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:>width$}")).collect();
+        text.push_str(cells.join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// The configuration, and what its weights are stored as.
+fn model(path: &Path) -> anyhow::Result<(LlamaConfig, Dtype)> {
+    let weights = ["model.safetensors", "model.safetensors.index.json"];
+    if weights.iter().any(|name| path.join(name).exists()) {
+        let checkpoint = Checkpoint::open(path)?;
+        return Ok((checkpoint.config().clone(), checkpoint.dtype()));
+    }
+    let config = LlamaConfig::open(path)?;
+    let stored = config.torch_dtype.unwrap_or(Dtype::F32);
+    Ok((config, stored))
+}
+
+/// The device to plan for, which need not be here.
+fn planned_device(name: &str) -> crate::Result<Device> {
+    if name == "cuda" { Ok(Device::Cuda(0)) } else { select_device(name, 0) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_short() {
+        for (number, text) in [
+            (0, "0 B"),
+            (999, "999 B"),
+            (1000, "1.0 kB"),
+            (99_949, "99.9 kB"),
+            (99_950, "100 kB"),
+            (999_499, "999 kB"),
+            (999_500, "1.0 MB"),
+            (17_244_886_016, "17.2 GB"),
+            (7_000_000_000_000_000, "7000 TB"),
+        ] {
+            assert_eq!(short(number, "B"), text);
+        }
+        assert_eq!(short(17, ""), "17");
+        assert_eq!(short(134_515_008, ""), "135 M");
+    }
+
+    #[test]
+    fn columns_are_aligned_to_the_right() {
+        let rows = [vec!["rank".into(), "a".into()], vec!["10".into(), "bbb".into()]];
+        assert_eq!(aligned(&rows), "rank    a\n  10  bbb\n");
+    }
+}
