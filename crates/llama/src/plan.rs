@@ -6,7 +6,11 @@
 //! do not divide, the first ranks have one more; where feed-forward units do not, the last ones,
 //! so that the two remainders even each other out.
 
+mod trained;
+
 use std::ops::Range;
+
+pub use trained::{TrainedPart, TrainedTensor};
 
 use crate::{
     config::LlamaConfig,

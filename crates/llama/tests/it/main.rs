@@ -9,6 +9,7 @@ mod checkpoint; // checkpoint folders: read right, refused by name
 mod complete; // `llama complete`
 mod config; // config.json
 mod engine; // batch generation
+mod gradients; // training over several ranks
 mod hostile; // safetensors files made to do harm
 mod inspect; // `llama inspect`
 mod merge; // adapters into their base, `llama merge`

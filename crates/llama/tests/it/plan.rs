@@ -1,6 +1,6 @@
 //! The split over ranks: nothing lost, nothing twice, nobody idle, for any sizes.
 
-use dromedary_llama::{Error, LlamaConfig, Plan, RankPlan, Shard};
+use dromedary_llama::{Error, LlamaConfig, Plan, RankPlan, Shard, TrainedTensor};
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -81,6 +81,51 @@ proptest! {
             let (kv, all) = rows(rank.shard("k_proj"));
             prop_assert_eq!(all, kv_heads * 2 * half_dim);
             prop_assert_eq!(kv.end - kv.start, rank.n_local_kv_heads() * 2 * half_dim);
+        }
+    }
+
+    #[test]
+    fn every_trained_number_has_one_owner(
+        kv_heads in 1_usize..9, group in 1_usize..9, half_dim in 1_i64..4, choice in 0_usize..1000,
+    ) {
+        let heads = kv_heads * group;
+        let tp = 1 + choice % heads;
+        let plan = Plan::new(&model(heads as i64, kv_heads as i64, 2 * half_dim, 97, 101), tp).unwrap();
+        let holders: Vec<_> = (0..kv_heads).map(|head| plan.kv_head_holders(head)).collect();
+        for (head, holders) in holders.iter().enumerate() {
+            for rank in 0..tp {
+                prop_assert_eq!(plan.rank(rank).kv_heads().contains(&head), holders.contains(&rank));
+            }
+        }
+        for (module, tensor) in [
+            ("k_proj", TrainedTensor::LoraB), ("v_proj", TrainedTensor::Weight), ("q_proj", TrainedTensor::LoraB),
+            ("o_proj", TrainedTensor::LoraA), ("down_proj", TrainedTensor::Weight), ("lm_head", TrainedTensor::Weight),
+        ] {
+            let parts: Vec<_> = (0..tp).map(|rank| plan.trained_part(rank, module, tensor).unwrap()).collect();
+            let mut next = 0;
+            let mut full = 0;
+            for (rank, part) in parts.iter().enumerate() {
+                prop_assert_eq!(part.shard(), &plan.rank(rank).shard(module));
+                prop_assert_eq!(part.shared(), parts[0].shared());
+                let Some(owned) = part.owned() else { continue };
+                let (range, size) = rows(owned.clone());
+                prop_assert_eq!(range.start, next);
+                (next, full) = (range.end, size);
+            }
+            prop_assert_eq!(next, full, "{} is owned once", module);
+            let dim = 2 * half_dim;
+            let shared = holders.iter().enumerate().filter(|(_, ranks)| ranks.len() > 1);
+            let shared: Vec<_> = shared.map(|(head, _)| head as i64 * dim..(head + 1) as i64 * dim).collect();
+            let of_kv_heads = matches!(module, "k_proj" | "v_proj");
+            prop_assert_eq!(parts[0].shared(), if of_kv_heads { &shared[..] } else { &[] });
+        }
+        for (module, tensor) in [
+            ("q_proj", TrainedTensor::LoraA), ("k_proj", TrainedTensor::LoraA), ("o_proj", TrainedTensor::LoraB),
+            ("input_layernorm", TrainedTensor::Weight),
+        ] {
+            let parts = (0..tp).map(|rank| plan.trained_part(rank, module, tensor).unwrap());
+            prop_assert_eq!(parts.clone().filter(|part| part.owned().is_some()).count(), 1);
+            prop_assert!(parts.clone().all(|part| part.is_replicated()));
         }
     }
 
