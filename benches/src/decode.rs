@@ -53,10 +53,10 @@ fn decode(args: &DecodeArgs, batch: usize, model: &Llama, tokenizer: &Tokenizer)
         max_batch_size: batch,
         max_seq_len: args.suffix + args.new,
         max_gen_len: args.new,
-        sampling: Sampling { temperature: 0.7, top_p: 0.95 },
-        // Random text would end at random points: no row may stop early here.
-        stop_strings: Vec::new(),
-        eos_token_ids: Vec::new(),
+        sampling: Sampling::nucleus(0.7, 0.95),
+        // Random text would end at random points: without stop strings and end-of-text tokens no row
+        // stops early.
+        ..EngineConfig::default()
     };
     let mut engine = Engine::new(model, tokenizer, &SingleProcess, config)?;
     let mut rng = StdRng::seed_from_u64(0);

@@ -156,6 +156,37 @@ impl SlotCache {
         Ok(Self { layers: (0..storage.num_hidden_layers).map(|_| layer()).collect::<Result<_>>()? })
     }
 
+    /// Slots, and tokens of each.
+    pub(crate) fn size(&self) -> (i64, i64) {
+        self.layers.iter().flatten().next().map_or((0, 0), |run| {
+            let size = run.k.size();
+            (size[0], size[2])
+        })
+    }
+
+    /// Gives the cache another size, layer by layer; the rows in the slots `0..` keep this many
+    /// tokens each. A row that is not there yet has none.
+    ///
+    /// # Errors
+    /// Not enough memory.
+    pub(crate) fn resize(&mut self, slots: i64, capacity: i64, lengths: &[i64]) -> Result<()> {
+        for run in self.layers.iter_mut().flatten() {
+            for store in [&mut run.k, &mut run.v] {
+                let size = store.size(); // [slots, KV, L, D]
+                let new = store.f_new_zeros(
+                    [slots, size[1], capacity, size[3]],
+                    (store.kind(), store.device()),
+                )?;
+                for (slot, &length) in (0..).zip(lengths).filter(|(_, length)| **length > 0) {
+                    let row = |store: &Tensor| store.get(slot).narrow(1, 0, length); // (KV, length, D)
+                    row(&new).f_copy_(&row(store))?;
+                }
+                *store = new;
+            }
+        }
+        Ok(())
+    }
+
     /// Puts the row of one slot, which holds `length` tokens, into another slot.
     pub(crate) fn move_row(&mut self, from: usize, to: usize, length: i64) -> Result<()> {
         for run in self.layers.iter().flatten() {
@@ -338,16 +369,18 @@ pub(crate) struct DecodeStep {
 }
 
 impl DecodeStep {
-    /// `rows` are in the order of their slots, which are `0..B`.
+    /// `rows` are in the order of their slots, which are `0..B`. They read `keys` of their slots'
+    /// keys at least, whatever their lengths.
     pub(crate) fn new(
         heads: &Heads,
         device: Device,
         rows: &[StepRow],
         prefix: Option<&SharedPrefix>,
+        keys: i64,
     ) -> Self {
         let count = rows.len() as i64;
         let lengths: Vec<i64> = rows.iter().map(|row| row.length).collect();
-        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let longest = lengths.iter().copied().max().unwrap_or(0).max(keys);
         let seen: Vec<i64> = rows.iter().map(|row| row.prefix).collect();
         let ragged = lengths.iter().any(|&length| length != longest);
         let lengths = Tensor::from_slice(&lengths).to_device(device); // (B)

@@ -202,6 +202,7 @@ pub fn generate(
             sampling: sampling(config.sampling),
             stop_strings,
             eos_token_ids: eos_token_ids(&config.checkpoint, &tokenizer)?,
+            ..EngineConfig::default()
         };
         let mut engine = Engine::new(&model, &tokenizer, comm, engine_config)?;
         engine.pin_prefix(&prefix)?;
@@ -227,7 +228,7 @@ fn blake3_of(text: &str) -> String {
 }
 
 fn sampling(config: SamplingConfig) -> Sampling {
-    Sampling { temperature: config.temperature, top_p: config.top_p }
+    Sampling::nucleus(config.temperature, config.top_p)
 }
 
 /// What is left to do, the same on all ranks; rank 0 alone has the output.

@@ -25,9 +25,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         max_batch_size: rows,
         max_seq_len: 256,
         max_gen_len: 48,
-        sampling: Sampling { temperature: 0.0, top_p: 1.0 },
+        sampling: Sampling::nucleus(0.7, 0.95),
         stop_strings: vec!["\n\n".to_owned()],
         eos_token_ids: eos_token_ids(&checkpoint, &tokenizer)?,
+        ..EngineConfig::default()
     };
     let mut engine = Engine::new(&model, &tokenizer, &SingleProcess, config)?;
 

@@ -182,9 +182,10 @@ fn complete(config: &CompleteConfig, launch: &Launch) -> anyhow::Result<Done> {
         max_batch_size: 1,
         max_seq_len: context.min(tokens.len() + config.max_gen_len).max(2),
         max_gen_len: config.max_gen_len,
-        sampling: Sampling { temperature: config.temperature, top_p: config.top_p },
+        sampling: Sampling::nucleus(config.temperature, config.top_p),
         stop_strings: config.stop.clone(),
         eos_token_ids: eos_token_ids(&config.checkpoint, &tokenizer)?,
+        ..EngineConfig::default()
     };
     let mut engine = Engine::new(&model, &tokenizer, world, engine_config)?;
     let request = Request { id: "prompt".into(), tokens, seed: config.seed };

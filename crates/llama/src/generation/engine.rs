@@ -6,23 +6,28 @@ use std::{ops::ControlFlow, time::Instant};
 
 use dromedary_parallel::Communicator;
 use dromedary_tokenizer::Tokenizer;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::{
     Event, Request, Sampling, Statistics, StopRule,
+    prefill::{Prompt, read_prompts},
     row::Row,
-    sampler::{RowKey, Sampler, check_finite},
+    sampler::{RowKey, Sampler, Vocabulary},
 };
 use crate::{
     Error, Llama, Result,
     attention::causal_attention,
     check_tokenizer,
-    kv_cache::{DecodeStep, PrefillStep, SharedPrefix, SlotCache, StepRow, Storage},
+    kv_cache::{DecodeStep, SharedPrefix, SlotCache, StepRow, Storage},
 };
 
 /// Prompts are read together until they have this many tokens: enough to keep the products wide,
 /// few enough to bound the memory of a prefill.
 const PREFILL_TOKENS: usize = 2048;
+
+/// Slots are made this much longer at once, so that they are not copied for every row that is a
+/// little longer than those before.
+const KV_BUCKET: usize = 128;
 
 /// How an [`Engine`] generates.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,6 +38,15 @@ pub struct EngineConfig {
     pub max_seq_len: usize,
     /// Tokens that a row may generate.
     pub max_gen_len: usize,
+    /// Tokens of all slots together, whose keys and values are held: a row is admitted when it fits.
+    /// All slots have the length that the longest row under way may need. Without a number,
+    /// `max_batch_size` rows of `max_seq_len` tokens fit.
+    pub max_kv_tokens: Option<usize>,
+    /// Compute every step in the same shapes, so that a row's tokens depend on no other row to the
+    /// last bit: all slots are computed and read to their ends, prompts are read one by one. Costs
+    /// time, and needs memory for all slots at their full length. Number of threads, ranks and
+    /// slots must be the same in runs that are to be equal.
+    pub deterministic: bool,
     /// How tokens are chosen.
     pub sampling: Sampling,
     /// Texts that end a row.
@@ -48,10 +62,18 @@ impl Default for EngineConfig {
             max_batch_size: 8,
             max_seq_len: 512,
             max_gen_len: 128,
+            max_kv_tokens: None,
+            deterministic: false,
             sampling: Sampling::default(),
             stop_strings: Vec::new(),
             eos_token_ids: Vec::new(),
         }
+    }
+}
+
+impl EngineConfig {
+    fn max_kv_tokens(&self) -> usize {
+        self.max_kv_tokens.unwrap_or(self.max_batch_size.saturating_mul(self.max_seq_len))
     }
 }
 
@@ -70,6 +92,8 @@ pub struct Engine<'a> {
     cache: SlotCache,
     prefix: Option<SharedPrefix>,
     slots: Vec<Option<Row<'a>>>,
+    /// A row that the cache had no room for yet.
+    waiting: Option<Row<'a>>,
     statistics: Statistics,
 }
 
@@ -115,18 +139,18 @@ impl<'a> Engine<'a> {
             num_hidden_layers: model.layers().len(),
             pack: model.packs(),
         };
-        let (slots, capacity) = (config.max_batch_size as i64, config.max_seq_len as i64);
-        let cache = SlotCache::new(model.heads(), &storage, slots, capacity)?;
+        let cache = SlotCache::new(model.heads(), &storage, 0, 0)?;
         let stop = StopRule::new(config.eos_token_ids.clone(), config.stop_strings.clone());
         Ok(Self {
             model,
             tokenizer,
             comm,
             stop,
-            sampler: Sampler::new(config.sampling),
+            sampler: Sampler::new(config.sampling.clone(), tokenizer),
             storage,
             cache,
             prefix: None,
+            waiting: None,
             slots: (0..config.max_batch_size).map(|_| None).collect(),
             statistics: Statistics::default(),
             config,
@@ -187,6 +211,7 @@ impl<'a> Engine<'a> {
     ) -> Result<Statistics> {
         self.statistics = Statistics::default();
         self.slots.fill_with(|| None);
+        self.waiting = None;
         let mut caller = Caller { source, sink, drained: false, stop: false };
         tch::no_grad(|| self.run_rows(&mut caller))?;
         Ok(self.statistics)
@@ -198,7 +223,8 @@ impl<'a> Engine<'a> {
             self.close_gaps()?;
             let started = Instant::now();
             if admitted > 0 {
-                self.prefill(admitted, caller)?;
+                self.make_room()?;
+                self.prefill(caller)?;
                 self.statistics.prefill_seconds += started.elapsed().as_secs_f64();
             } else if self.slots[0].is_some() {
                 self.decode(caller)?;
@@ -212,26 +238,68 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// Fills free slots; gives the number of new rows.
+    /// Fills free slots as long as the cache has tokens for it; gives the number of new rows. The
+    /// requests are taken in their order: one that does not fit yet is waited for.
     fn admit(&mut self, caller: &mut Caller<'_>) -> usize {
         let (mut admitted, mut tokens) = (0, 0);
-        for slot in 0..self.slots.len() {
-            while self.slots[slot].is_none() && tokens < PREFILL_TOKENS {
-                let Some(request) = caller.next() else { return admitted };
-                match self.row(request) {
-                    Ok(row) => {
-                        tokens += row.suffix().len();
-                        admitted += 1;
-                        self.slots[slot] = Some(row);
-                    }
-                    Err(rejected) => {
-                        self.statistics.rejected += 1;
-                        caller.tell(rejected);
-                    }
+        while tokens < PREFILL_TOKENS {
+            let Some(slot) = self.slots.iter().position(Option::is_none) else { break };
+            let Some(row) = self.waiting.take().or_else(|| self.next_row(caller)) else { break };
+            if !self.fits(&row) {
+                self.waiting = Some(row);
+                break;
+            }
+            tokens += row.suffix().len();
+            admitted += 1;
+            self.slots[slot] = Some(row);
+        }
+        admitted
+    }
+
+    /// The next request that can be run.
+    fn next_row(&mut self, caller: &mut Caller<'_>) -> Option<Row<'a>> {
+        loop {
+            match self.row(caller.next()?) {
+                Ok(row) => return Some(row),
+                Err(rejected) => {
+                    self.statistics.rejected += 1;
+                    caller.tell(rejected);
                 }
             }
         }
-        admitted
+    }
+
+    /// Whether the cache can hold this row beside those that are under way: all slots have the
+    /// length of the longest one.
+    fn fits(&self, row: &Row<'_>) -> bool {
+        let rows = self.slots.iter().flatten().count() + 1;
+        rows * self.capacity(Some(row)) <= self.config.max_kv_tokens()
+    }
+
+    /// The length that all slots need for the rows that are under way, and for this one.
+    fn capacity(&self, new: Option<&Row<'_>>) -> usize {
+        let longest = self.slots.iter().flatten().chain(new).map(Row::reserved).max().unwrap_or(0);
+        let bucket = longest.next_multiple_of(KV_BUCKET);
+        if self.config.deterministic {
+            self.config.max_seq_len
+        } else {
+            // A bucket may pass what the whole cache has; the row itself does not.
+            bucket.min(self.config.max_seq_len).min(self.config.max_kv_tokens()).max(longest)
+        }
+    }
+
+    /// Gives the cache slots that are long enough and as many as there is memory for.
+    fn make_room(&mut self) -> Result<()> {
+        let rows = self.slots.iter().flatten().count();
+        let capacity = self.capacity(None);
+        let (slots, length) = self.cache.size();
+        if rows as i64 <= slots && capacity as i64 <= length {
+            return Ok(());
+        }
+        let slots = (self.config.max_kv_tokens() / capacity).min(self.config.max_batch_size);
+        let lengths: Vec<i64> =
+            self.slots.iter().map_while(Option::as_ref).map(Row::stored).collect();
+        self.cache.resize(slots as i64, capacity as i64, &lengths)
     }
 
     /// The row of a request, or the event that it is rejected.
@@ -240,7 +308,8 @@ impl<'a> Engine<'a> {
         let prefix = self.prefix.as_ref().map_or(0, |prefix| prefix.shared_with(tokens));
         let own = tokens.len() - prefix;
         let context = self.model.config().max_position_embeddings as usize;
-        let room = self.config.max_seq_len.min(context.saturating_sub(prefix));
+        let slot = self.config.max_seq_len.min(self.config.max_kv_tokens());
+        let room = slot.min(context.saturating_sub(prefix));
         if own > 0 && own < room {
             let limit = self.config.max_gen_len.min(room - own);
             return Ok(Row::new(request, self.tokenizer, prefix, limit));
@@ -250,8 +319,7 @@ impl<'a> Engine<'a> {
         } else {
             format!(
                 "the prompt has {own} tokens behind {prefix} of the shared prefix, and a row has room \
-                 for {room}, one of them for its output (max_seq_len {}, context {context})",
-                self.config.max_seq_len
+                 for {room}, one of them for its output (max_seq_len {slot}, context {context})"
             )
         };
         Err(Event::Rejected { id: request.id, reason })
@@ -271,7 +339,7 @@ impl<'a> Engine<'a> {
             if let Some(row) = self.slots[end].take() {
                 // A row that was just admitted has nothing in its slot yet.
                 if row.is_started() {
-                    self.cache.move_row(end, slot, row.own_len() - 1)?;
+                    self.cache.move_row(end, slot, row.stored())?;
                 }
                 self.slots[slot] = Some(row);
             }
@@ -279,73 +347,91 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    /// Reads the prompts of the rows that have just been admitted.
-    fn prefill(&mut self, admitted: usize, caller: &mut Caller<'_>) -> Result<()> {
-        let rows: Vec<(usize, &Row<'_>)> = self
+    /// Reads the prompts of the rows that have just been admitted: all at once, or one by one where
+    /// a row's numbers must not depend on the others.
+    fn prefill(&mut self, caller: &mut Caller<'_>) -> Result<()> {
+        let new = |row: &Option<Row<'_>>| row.as_ref().is_some_and(|row| !row.is_started());
+        let slots: Vec<usize> = self
             .slots
             .iter()
             .enumerate()
-            .filter_map(|(slot, row)| row.as_ref().map(|row| (slot, row)))
-            .filter(|(_, row)| !row.is_started())
+            .filter(|(_, row)| new(row))
+            .map(|(slot, _)| slot)
             .collect();
-        debug_assert_eq!(rows.len(), admitted);
-        let slots: Vec<usize> = rows.iter().map(|&(slot, _)| slot).collect();
-        let (mut ids, mut positions) = (Vec::new(), Vec::new());
-        let (mut steps, mut last) = (Vec::new(), Vec::new());
-        for &(slot, row) in &rows {
-            ids.extend_from_slice(row.suffix());
-            positions.extend((row.prefix..).take(row.suffix().len()).map(|at| at as i64));
-            steps.push(StepRow {
-                slot: slot as i64,
-                length: row.suffix().len() as i64,
-                prefix: row.prefix as i64,
-            });
-            last.push(ids.len() as i64 - 1);
+        let at_once = if self.config.deterministic { 1 } else { slots.len() };
+        for slots in slots.chunks(at_once.max(1)) {
+            self.prefill_rows(slots, caller)?;
+            if self.statistics.stopped {
+                break;
+            }
         }
-        self.statistics.prompt_tokens += ids.len() as u64;
-        let (model, heads, prefix) = (self.model, self.model.heads(), self.prefix.as_ref());
-        let step = PrefillStep::new(heads, model.device(), &steps, prefix);
-        let cache = &mut self.cache;
-        let x = model.embed(&ids)?; // (T, C)
-        let x = model.forward_layers(x, &positions, self.comm, &mut |layer, q, k, v| {
-            step.attend(cache, prefix, heads, layer, [q, k, v])
-        })?;
-        let last = Tensor::from_slice(&last).to_device(model.device());
-        self.finish_step(&x.f_index_select(0, &last)?, &slots, caller)
+        Ok(())
+    }
+
+    fn prefill_rows(&mut self, slots: &[usize], caller: &mut Caller<'_>) -> Result<()> {
+        let rows = slots.iter().filter_map(|&slot| Some((slot, self.slots[slot].as_ref()?)));
+        let prompts: Vec<Prompt<'_>> = rows
+            .map(|(slot, row)| Prompt { slot, prefix: row.prefix, tokens: row.suffix() })
+            .collect();
+        let last: Vec<i64> = prompts
+            .iter()
+            .scan(-1, |last, prompt| {
+                *last += prompt.tokens.len() as i64;
+                Some(*last)
+            })
+            .collect();
+        self.statistics.prompt_tokens += last.last().map_or(0, |last| *last as u64 + 1);
+        let x =
+            read_prompts(self.model, self.comm, &mut self.cache, self.prefix.as_ref(), &prompts)?;
+        let last = Tensor::from_slice(&last).to_device(self.model.device());
+        let x = x.f_index_select(0, &last)?; // (B, C)
+        let logits = self.model.head(&self.model.final_norm(&x))?; // (B, W)
+        self.finish_step(&logits, slots, caller)
     }
 
     /// One token more for each row.
     fn decode(&mut self, caller: &mut Caller<'_>) -> Result<()> {
         let rows: Vec<&Row<'_>> = self.slots.iter().map_while(Option::as_ref).collect();
         let slots: Vec<usize> = (0..rows.len()).collect();
-        let (ids, positions): (Vec<u32>, Vec<i64>) = rows.iter().map(|row| row.last()).unzip();
-        let steps: Vec<StepRow> = (0..)
+        let (mut ids, mut positions): (Vec<u32>, Vec<i64>) =
+            rows.iter().map(|row| row.last()).unzip();
+        let mut steps: Vec<StepRow> = (0..)
             .zip(&rows)
             .map(|(slot, row)| StepRow { slot, length: row.own_len(), prefix: row.prefix as i64 })
             .collect();
         self.statistics.decode_steps += 1;
         self.statistics.decode_tokens += rows.len() as u64;
         let (model, heads, prefix) = (self.model, self.model.heads(), self.prefix.as_ref());
-        let step = DecodeStep::new(heads, model.device(), &steps, prefix);
+        let mut keys = 0;
+        if self.config.deterministic {
+            // Every step has the same shapes: empty slots are computed too, and slots are read to
+            // their ends.
+            let seen = prefix.map_or(0, |prefix| prefix.len() as i64);
+            for slot in rows.len()..self.config.max_batch_size {
+                ids.push(0);
+                positions.push(seen);
+                steps.push(StepRow { slot: slot as i64, length: 1, prefix: seen });
+            }
+            keys = self.cache.size().1;
+        }
+        let step = DecodeStep::new(heads, model.device(), &steps, prefix, keys);
         let cache = &mut self.cache;
         let x = model.embed(&ids)?; // (B, C)
         let x = model.forward_layers(x, &positions, self.comm, &mut |layer, q, k, v| {
             step.attend(cache, prefix, heads, layer, [q, k, v])
         })?;
-        self.finish_step(&x, &slots, caller)
+        let logits = model.head(&model.final_norm(&x))?; // (B, W)
+        self.finish_step(&logits.narrow(0, 0, slots.len() as i64), &slots, caller)
     }
 
-    /// Chooses the next token of each of these rows from its last hidden state, `(B, C)`.
-    fn finish_step(&mut self, x: &Tensor, slots: &[usize], caller: &mut Caller<'_>) -> Result<()> {
-        let keys: Vec<RowKey<'_>> =
-            slots.iter().filter_map(|&slot| self.slots[slot].as_ref().map(Row::key)).collect();
-        let local = self.model.head(&self.model.final_norm(x))?; // (B, W)
-        let chosen = if self.comm.world_size() > 1 && self.config.sampling.is_greedy() {
-            self.best_of_ranks(&local, &keys)?
-        } else {
-            let logits = self.model.gather_logits(local, self.comm)?;
-            self.sampler.choose(&logits, &keys)?
-        };
+    /// Chooses the next token of each of these rows from this rank's logits, `(B, W)`.
+    fn finish_step(
+        &mut self,
+        logits: &Tensor,
+        slots: &[usize],
+        caller: &mut Caller<'_>,
+    ) -> Result<()> {
+        let chosen = self.choose(logits, slots)?;
         let (tokens, stopped) = self.agree(&chosen, caller.stop)?;
         self.statistics.output_tokens += tokens.len() as u64;
         for (&slot, token) in slots.iter().zip(tokens) {
@@ -367,20 +453,23 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    /// The best token of each row, from each rank's best of its own rows of the vocabulary.
-    fn best_of_ranks(&self, local: &Tensor, keys: &[RowKey<'_>]) -> Result<Vec<u32>> {
-        let (max, index) = local.max_dim(-1, true); // (B, 1)
-        let index = index + self.model.rank_plan().vocab.start;
-        // In f64, which holds an f32 and a token id alike.
-        let own = Tensor::f_cat(&[max.to_kind(Kind::Double), index.to_kind(Kind::Double)], 1)?;
-        let all = self.comm.all_gather(&own)?.view([-1, keys.len() as i64, 2]); // (tp, B, 2)
-        let (max, rank) = all.select(2, 0).max_dim(0, false); // (B)
-        check_finite(&max.to_kind(Kind::Float), keys)?;
-        let best = all.select(2, 1).gather(0, &rank.unsqueeze(0), false).view(-1); // (B)
-        Ok(Vec::<i64>::try_from(best.to_kind(Kind::Int64))?
-            .into_iter()
-            .map(|id| id as u32)
-            .collect())
+    fn choose(&mut self, logits: &Tensor, slots: &[usize]) -> Result<Vec<u32>> {
+        let keys: Vec<RowKey<'_>> =
+            slots.iter().filter_map(|&slot| self.slots[slot].as_ref().map(Row::key)).collect();
+        let vocabulary = Vocabulary {
+            comm: self.comm,
+            rows: self.model.rank_plan().vocab.clone(),
+            gather: &|local| self.model.gather_logits(local, self.comm),
+        };
+        // A sum over a row is split among threads in a way that depends on the number of rows.
+        let at_once = if self.config.deterministic { 1 } else { keys.len().max(1) };
+        let mut chosen = Vec::with_capacity(keys.len());
+        for (first, keys) in (0..).step_by(at_once).zip(keys.chunks(at_once)) {
+            let logits = logits.narrow(0, first, keys.len() as i64);
+            chosen.extend(self.sampler.choose(logits, &vocabulary, keys)?);
+        }
+        self.statistics.gathered_rows = self.sampler.gathered_rows();
+        Ok(chosen)
     }
 
     /// The tokens that rank 0 has chosen, and whether any rank wishes to stop.
@@ -410,13 +499,19 @@ fn validate(
         ("max_batch_size", max_batch_size, 1),
         ("max_seq_len", max_seq_len, 2),
         ("max_gen_len", max_gen_len, 1),
+        ("max_kv_tokens", config.max_kv_tokens(), 2),
     ] {
         if value < least {
             let expected = if least == 1 { "at least 1" } else { "at least 2" };
             return Err(Error::Setting { name, expected, got: value as f64 });
         }
     }
-    config.sampling.validate()?;
+    config.sampling.validate(model.config().vocab_size)?;
+    let (needed, got) = (max_batch_size.saturating_mul(max_seq_len), config.max_kv_tokens());
+    if config.deterministic && got < needed {
+        let expected = "max_batch_size x max_seq_len with deterministic";
+        return Err(Error::Setting { name: "max_kv_tokens", expected, got: got as f64 });
+    }
     let (expected, got) = (model.plan().tp(), comm.world_size());
     if expected != got {
         return Err(Error::GroupSize { expected, got });

@@ -3,13 +3,17 @@
 //! An [`Engine`] takes [`Request`]s from a closure and gives [`Event`]s to another one. It knows
 //! tokens and text, and nothing of files or of what the text is about.
 
+mod candidates;
 mod engine;
+mod penalties;
+mod prefill;
 mod request;
 mod row;
 mod sampler;
+mod sampling;
 mod stop;
 
 pub use engine::{Engine, EngineConfig};
 pub use request::{Event, FinishReason, FinishedRow, Request, Statistics};
-pub use sampler::Sampling;
+pub use sampling::{FrequencyPenalty, Sampling};
 pub use stop::StopRule;

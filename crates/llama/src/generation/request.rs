@@ -88,6 +88,9 @@ pub struct Statistics {
     pub decode_tokens: u64,
     /// Decode steps.
     pub decode_steps: u64,
+    /// Times that all logits of a row were looked at, because its likeliest tokens did not tell the
+    /// next one.
+    pub gathered_rows: u64,
     /// Seconds in reading prompts.
     pub prefill_seconds: f64,
     /// Seconds in decode steps.

@@ -44,7 +44,12 @@ impl<'t> Row<'t> {
     }
 
     pub(super) fn key(&self) -> RowKey<'_> {
-        RowKey { seed: self.request.seed, id: &self.request.id, position: self.tokens.len() as u64 }
+        RowKey {
+            seed: self.request.seed,
+            id: &self.request.id,
+            position: self.tokens.len() as u64,
+            generated: &self.tokens,
+        }
     }
 
     /// The prompt's tokens that the prefix does not hold.
@@ -61,6 +66,16 @@ impl<'t> Row<'t> {
     /// Tokens in the row's slot once its last token is there.
     pub(super) fn own_len(&self) -> i64 {
         (self.request.tokens.len() - self.prefix + self.tokens.len()) as i64
+    }
+
+    /// Tokens whose keys and values are in the row's slot.
+    pub(super) fn stored(&self) -> i64 {
+        if self.is_started() { self.own_len() - 1 } else { 0 }
+    }
+
+    /// Tokens of its slot that the row may need.
+    pub(super) fn reserved(&self) -> usize {
+        self.suffix().len() + self.limit
     }
 
     /// Whether the prompt was read.

@@ -1,61 +1,35 @@
-//! Choosing a token from logits.
+//! Choosing a token of a vocabulary that may be split over ranks.
 
-// Shapes: B = rows, V = vocab_size.
+// Shapes: B = rows, V = vocab_size, W = this rank's rows of the vocabulary, K = candidates of a rank.
 
+use std::ops::Range;
+
+use dromedary_parallel::Communicator;
+use dromedary_tokenizer::Tokenizer;
 use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use tch::{Kind, Tensor};
 
+use super::{
+    Sampling,
+    candidates::{CANDIDATES, Candidate, Known, best_of, draw, sort},
+    penalties::Penalties,
+};
 use crate::{Error, Result};
 
-/// How tokens are chosen.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Sampling {
-    /// Logits are divided by it; 0 chooses the best token always.
-    pub temperature: f64,
-    /// Nucleus: the likeliest tokens are kept while the probability of those before is at most this.
-    pub top_p: f64,
-}
+/// Stands for the largest logit of a shard that has none above -inf.
+const NO_LOGIT: f64 = -1e30;
 
-impl Default for Sampling {
-    /// The best token always.
-    fn default() -> Self {
-        Self { temperature: 0.0, top_p: 1.0 }
-    }
-}
-
-impl Sampling {
-    /// Whether the best token is chosen always.
-    pub fn is_greedy(&self) -> bool {
-        self.temperature == 0.0
-    }
-
-    /// # Errors
-    /// A temperature that is negative or not finite, a `top_p` outside of 0 to 1.
-    pub(crate) fn validate(&self) -> Result<()> {
-        let Self { temperature, top_p } = *self;
-        if !temperature.is_finite() || temperature < 0.0 {
-            return Err(Error::Setting {
-                name: "temperature",
-                expected: "at least 0",
-                got: temperature,
-            });
-        }
-        if !(top_p > 0.0 && top_p <= 1.0) {
-            let expected = "above 0 and at most 1";
-            return Err(Error::Setting { name: "top_p", expected, got: top_p });
-        }
-        Ok(())
-    }
-}
-
-/// What a row's random numbers depend on, and nothing else: not the batch, the slot or the rank.
+/// What a row's choice depends on besides its logits, and nothing else: not the batch, the slot or
+/// the rank.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct RowKey<'a> {
-    pub(crate) seed: u64,
-    pub(crate) id: &'a str,
+pub(super) struct RowKey<'a> {
+    pub(super) seed: u64,
+    pub(super) id: &'a str,
     /// The number of tokens that the row has generated so far.
-    pub(crate) position: u64,
+    pub(super) position: u64,
+    /// These tokens.
+    pub(super) generated: &'a [u32],
 }
 
 impl RowKey<'_> {
@@ -68,218 +42,222 @@ impl RowKey<'_> {
         random.set_word_pos(u128::from(self.position) * 16);
         random.random()
     }
+
+    fn not_finite(&self) -> Error {
+        Error::NonFiniteLogits { id: self.id.to_owned(), position: self.position }
+    }
+}
+
+/// A vocabulary as this rank sees it.
+pub(super) struct Vocabulary<'a> {
+    pub(super) comm: &'a dyn Communicator,
+    /// The rows of this rank.
+    pub(super) rows: Range<i64>,
+    /// From each rank's `(B, W)` the whole `(B, V)`; every rank must call it.
+    pub(super) gather: &'a dyn Fn(Tensor) -> Result<Tensor>,
+}
+
+impl Vocabulary<'_> {
+    fn is_split(&self) -> bool {
+        self.comm.world_size() > 1
+    }
 }
 
 /// Chooses tokens; keeps its buffers.
 #[derive(Debug)]
-pub(crate) struct Sampler {
+pub(super) struct Sampler {
     sampling: Sampling,
-    probabilities: Vec<f32>,
-    candidates: Vec<(f32, u32)>,
+    penalties: Penalties,
+    host: Vec<f32>,
+    candidates: Vec<Candidate>,
+    gathered_rows: u64,
+}
+
+/// The candidates of all ranks for one row.
+struct Offer {
+    max: f32,
+    total: f64,
+    best: Vec<Candidate>,
+    complete: bool,
 }
 
 impl Sampler {
-    pub(crate) fn new(sampling: Sampling) -> Self {
-        Self { sampling, probabilities: Vec::new(), candidates: Vec::new() }
+    pub(super) fn new(sampling: Sampling, tokenizer: &Tokenizer) -> Self {
+        Self {
+            penalties: Penalties::new(&sampling, tokenizer),
+            sampling,
+            host: Vec::new(),
+            candidates: Vec::new(),
+            gathered_rows: 0,
+        }
     }
 
-    /// A token for each row.
+    /// Rows so far whose candidates did not tell the token, so that all their logits were looked at.
+    pub(super) fn gathered_rows(&self) -> u64 {
+        self.gathered_rows
+    }
+
+    /// A token for each row. Every rank must call this with the same keys; all get the same.
     ///
     /// # Shapes
-    /// logits: `(B, V)` in f32.
+    /// logits: `(B, W)` in f32.
     ///
     /// # Errors
-    /// Logits that are not finite: the best token of NaN logits would be token 0.
-    pub(crate) fn choose(&mut self, logits: &Tensor, keys: &[RowKey<'_>]) -> Result<Vec<u32>> {
-        let (max, best) = logits.max_dim(-1, true); // (B, 1)
-        check_finite(&max, keys)?;
+    /// Logits that are not finite, with the row: the best token of NaN logits would be token 0. A
+    /// failed exchange between ranks.
+    pub(super) fn choose(
+        &mut self,
+        mut logits: Tensor,
+        vocabulary: &Vocabulary<'_>,
+        keys: &[RowKey<'_>],
+    ) -> Result<Vec<u32>> {
+        self.penalties.apply(&mut logits, &vocabulary.rows, keys)?;
         if self.sampling.is_greedy() {
-            let best = Vec::<i64>::try_from(best.view(-1))?;
-            return Ok(best.into_iter().map(|id| id as u32).collect());
+            return best(&logits, vocabulary, keys);
         }
+        let offers = self.offers(&logits, vocabulary)?;
+        let mut chosen = Vec::with_capacity(keys.len());
+        let mut open = Vec::new();
+        for (row, (offer, key)) in (0i64..).zip(offers.iter().zip(keys)) {
+            if !offer.max.is_finite() {
+                return Err(key.not_finite());
+            }
+            let known = Known { best: &offer.best, complete: offer.complete, total: offer.total };
+            let token = draw(&known, &self.sampling, key.uniform());
+            if token.is_none() {
+                open.push(row);
+            }
+            chosen.push(token.unwrap_or(0));
+        }
+        if !open.is_empty() {
+            let rows = Tensor::from_slice(&open).to_device(logits.device());
+            let whole = (vocabulary.gather)(logits.f_index_select(0, &rows)?)?; // (rows, V)
+            for (index, row) in (0i64..).zip(open) {
+                let row = row as usize;
+                let token = self.draw_from_all(&whole.get(index), offers[row].total, &keys[row])?;
+                chosen[row] = token;
+            }
+        }
+        Ok(chosen)
+    }
+
+    /// Each row's candidates, from all ranks.
+    fn offers(&mut self, logits: &Tensor, vocabulary: &Vocabulary<'_>) -> Result<Vec<Offer>> {
+        let (rows, width) = logits.size2()?;
+        let max = logits.amax([-1], true); // (B, 1)
         // The largest becomes 0 first, so that a tiny temperature gives -inf and never inf - inf.
-        let scaled = (logits - max) / self.sampling.temperature;
-        let probabilities = scaled.softmax(-1, Kind::Float); // (B, V)
-        let (rows, vocab_size) = probabilities.size2()?;
-        self.probabilities.resize((rows * vocab_size) as usize, 0.0);
-        probabilities.f_copy_data(&mut self.probabilities, (rows * vocab_size) as usize)?;
-        let rows = self.probabilities.chunks_exact(vocab_size as usize);
-        let (top_p, candidates) = (self.sampling.top_p, &mut self.candidates);
-        Ok(rows
-            .zip(keys)
-            .map(|(row, key)| nucleus(row, top_p, key.uniform(), candidates))
-            .collect())
+        let mut weights = logits - max.clamp_min(NO_LOGIT); // (B, W)
+        let _ = weights.f_div_scalar_(self.sampling.temperature)?;
+        let sum = weights.f_exp_()?.sum_dim_intlist(-1, false, Kind::Float); // (B)
+        let (max, sum) = (Vec::<f32>::try_from(max.view(-1))?, Vec::<f32>::try_from(sum)?);
+        self.host.resize((rows * width) as usize, 0.0);
+        logits.f_copy_data(&mut self.host, (rows * width) as usize)?;
+        let first = vocabulary.rows.start as u32;
+        let mut offers = Vec::with_capacity(rows as usize);
+        for (row, (max, sum)) in
+            self.host.chunks_exact(width as usize).zip(max.into_iter().zip(sum))
+        {
+            best_of(row, first, CANDIDATES, &mut self.candidates);
+            offers.push(Offer {
+                max,
+                total: f64::from(sum),
+                complete: self.candidates.len() == width as usize,
+                best: self.candidates.clone(),
+            });
+        }
+        if vocabulary.is_split() { self.exchange(&offers, vocabulary) } else { Ok(offers) }
+    }
+
+    /// Joins the candidates of all ranks.
+    fn exchange(&self, own: &[Offer], vocabulary: &Vocabulary<'_>) -> Result<Vec<Offer>> {
+        // Of each row: max, sum, number of candidates, whether these are all, then logits and ids,
+        // which an f64 holds as they are.
+        const WIDTH: usize = 4 + 2 * CANDIDATES;
+        let mut message = vec![0f64; own.len() * WIDTH];
+        for (row, offer) in message.chunks_exact_mut(WIDTH).zip(own) {
+            let complete = f64::from(u8::from(offer.complete));
+            row[..4].copy_from_slice(&[
+                f64::from(offer.max),
+                offer.total,
+                offer.best.len() as f64,
+                complete,
+            ]);
+            for (index, &(logit, id)) in offer.best.iter().enumerate() {
+                row[4 + index] = f64::from(logit);
+                row[4 + CANDIDATES + index] = f64::from(id);
+            }
+        }
+        let all = Vec::<f64>::try_from(vocabulary.comm.all_gather(&Tensor::from_slice(&message))?)?;
+        let of_row = |row: usize| all.chunks_exact(WIDTH).skip(row).step_by(own.len());
+        Ok((0..own.len()).map(|row| self.joined(of_row(row))).collect())
+    }
+
+    /// The candidates of a row, from what each rank sent of it.
+    fn joined<'m>(&self, ranks: impl Iterator<Item = &'m [f64]> + Clone) -> Offer {
+        // A NaN is never the larger one: it is looked for by itself.
+        let max = ranks.clone().map(|rank| rank[0]).fold(f64::NEG_INFINITY, |max, of_rank| {
+            if max.is_nan() || of_rank.is_nan() { f64::NAN } else { max.max(of_rank) }
+        });
+        let (mut total, mut complete) = (0.0, true);
+        let mut best = Vec::new();
+        // Below a rank's last candidate that rank may have tokens that nobody has told of.
+        let mut floor = f64::NEG_INFINITY;
+        for rank in ranks {
+            let of_rank = rank[0].max(NO_LOGIT);
+            total += rank[1] * ((of_rank - max) / self.sampling.temperature).exp();
+            let count = rank[2] as usize;
+            let logits = &rank[4..4 + count];
+            let ids = &rank[4 + CANDIDATES..][..count];
+            best.extend(logits.iter().zip(ids).map(|(&logit, &id)| (logit as f32, id as u32)));
+            if rank[3] == 0.0 {
+                complete = false;
+                floor = floor.max(logits.last().copied().unwrap_or(f64::INFINITY));
+            }
+        }
+        best.retain(|&(logit, _)| complete || f64::from(logit) > floor);
+        sort(&mut best);
+        Offer { max: max as f32, total, best, complete }
+    }
+
+    /// Looks at more and more of a row's logits until they tell the token.
+    fn draw_from_all(&mut self, row: &Tensor, total: f64, key: &RowKey<'_>) -> Result<u32> {
+        self.gathered_rows += 1;
+        let logits = Vec::<f32>::try_from(row)?;
+        let mut count = CANDIDATES;
+        loop {
+            count = (count * 8).min(logits.len());
+            best_of(&logits, 0, count, &mut self.candidates);
+            let complete = count == logits.len();
+            let known = Known { best: &self.candidates, complete, total };
+            if let Some(token) = draw(&known, &self.sampling, key.uniform()) {
+                return Ok(token);
+            }
+            if complete {
+                return Err(key.not_finite());
+            }
+        }
     }
 }
 
-/// # Errors
-/// [`Error::NonFiniteLogits`] naming the first row whose largest logit is not finite; a NaN anywhere
-/// in a row is its largest.
-pub(crate) fn check_finite(max: &Tensor, keys: &[RowKey<'_>]) -> Result<()> {
+/// The best token of each row, from each rank's best of its own rows of the vocabulary.
+fn best(logits: &Tensor, vocabulary: &Vocabulary<'_>, keys: &[RowKey<'_>]) -> Result<Vec<u32>> {
+    let (mut max, mut index) = logits.max_dim(-1, true); // (B, 1)
+    if vocabulary.is_split() {
+        let own = index + vocabulary.rows.start;
+        // In f64, which holds an f32 and a token id alike.
+        let own = Tensor::f_cat(&[max.to_kind(Kind::Double), own.to_kind(Kind::Double)], 1)?;
+        let all = vocabulary.comm.all_gather(&own)?.view([-1, keys.len() as i64, 2]); // (tp, B, 2)
+        let (largest, rank) = all.select(2, 0).max_dim(0, false); // (B)
+        max = largest.to_kind(Kind::Float);
+        index = all.select(2, 1).gather(0, &rank.unsqueeze(0), false).to_kind(Kind::Int64); // (1, B)
+    }
     let max = Vec::<f32>::try_from(max.view(-1))?;
-    match max.iter().zip(keys).find(|(max, _)| !max.is_finite()) {
-        Some((_, key)) => {
-            Err(Error::NonFiniteLogits { id: key.id.to_owned(), position: key.position })
-        }
-        None => Ok(()),
+    if let Some((_, key)) = max.iter().zip(keys).find(|(max, _)| !max.is_finite()) {
+        return Err(key.not_finite());
     }
-}
-
-/// The token at `uniform` of the mass of the kept tokens.
-///
-/// Dromedary sorts the whole vocabulary. Here only tokens above a floor are sorted, and the floor
-/// sinks until they hold more than `top_p`: every token that is kept is then among them.
-fn nucleus(row: &[f32], top_p: f64, uniform: f64, candidates: &mut Vec<(f32, u32)>) -> u32 {
-    if top_p >= 1.0 {
-        return whole(row, uniform);
-    }
-    let largest = row.iter().copied().fold(0.0f32, f32::max);
-    let mut floor = largest / 64.0;
-    loop {
-        candidates.clear();
-        let above = (0u32..).zip(row).filter(|&(_, &p)| p >= floor && p > 0.0);
-        candidates.extend(above.map(|(id, &p)| (p, id)));
-        let mass: f64 = candidates.iter().map(|&(p, _)| f64::from(p)).sum();
-        if mass > top_p || floor == 0.0 {
-            break;
-        }
-        floor = if floor > largest * 1e-6 { floor / 64.0 } else { 0.0 };
-    }
-    candidates.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-    let mut kept_mass = 0.0;
-    let mut kept = 0;
-    for &(p, _) in candidates.iter() {
-        if kept_mass > top_p {
-            break;
-        }
-        kept_mass += f64::from(p);
-        kept += 1;
-    }
-    let kept = candidates[..kept].iter().map(|&(p, id)| (p, id));
-    at_mass(kept, uniform * kept_mass)
-}
-
-/// Without a nucleus no order is needed but that of the ids.
-fn whole(row: &[f32], uniform: f64) -> u32 {
-    let mass: f64 = row.iter().map(|&p| f64::from(p)).sum();
-    at_mass(row.iter().copied().zip(0..), uniform * mass)
-}
-
-/// The token in whose share of the mass `target` lies.
-fn at_mass(tokens: impl Iterator<Item = (f32, u32)>, target: f64) -> u32 {
-    let mut mass = 0.0;
-    let mut last = 0;
-    for (p, id) in tokens.filter(|&(p, _)| p > 0.0) {
-        last = id;
-        mass += f64::from(p);
-        if target < mass {
-            break;
-        }
-    }
-    last
+    let index = Vec::<i64>::try_from(index.view(-1))?;
+    Ok(index.into_iter().map(|id| id as u32).collect())
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-    use tch::Device;
-
-    fn key(position: u64) -> RowKey<'static> {
-        RowKey { seed: 7, id: "row", position }
-    }
-
-    /// Sort all, cut, draw: as straight as it can be written.
-    fn reference(row: &[f32], top_p: f64, uniform: f64) -> u32 {
-        let mut sorted: Vec<(f32, u32)> = row.iter().copied().zip(0..).collect();
-        if top_p < 1.0 {
-            sorted.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-        }
-        let mut kept = Vec::new();
-        let mut before = 0.0f64;
-        for (p, id) in sorted {
-            if before <= top_p || top_p >= 1.0 {
-                kept.push((p, id));
-            }
-            before += f64::from(p);
-        }
-        let mass: f64 = kept.iter().map(|&(p, _)| f64::from(p)).sum();
-        let mut sum = 0.0;
-        for &(p, id) in &kept {
-            sum += f64::from(p);
-            if uniform * mass < sum {
-                return id;
-            }
-        }
-        kept.last().unwrap().1
-    }
-
-    proptest! {
-        #[test]
-        fn nucleus_equals_a_full_sort(
-            logits in prop::collection::vec(-12.0f32..12.0, 1..300),
-            top_p in 0.01f64..=1.0,
-            uniform in 0.0f64..1.0,
-        ) {
-            let row = Vec::<f32>::try_from(
-                Tensor::from_slice(&logits).softmax(-1, Kind::Float)).unwrap();
-            let got = nucleus(&row, top_p, uniform, &mut Vec::new());
-            prop_assert_eq!(got, reference(&row, top_p, uniform));
-        }
-    }
-
-    #[test]
-    fn frequencies_follow_the_probabilities() {
-        let logits = Tensor::from_slice(&[0.0f32, 1.0, 2.0, 3.0]).view([1, 4]);
-        let mut sampler = Sampler::new(Sampling { temperature: 0.5, top_p: 1.0 });
-        let want = Vec::<f32>::try_from((&logits / 0.5).softmax(-1, Kind::Float).view(-1)).unwrap();
-        let draws = 20_000;
-        let mut counts = [0usize; 4];
-        for position in 0..draws {
-            counts[sampler.choose(&logits, &[key(position)]).unwrap()[0] as usize] += 1;
-        }
-        for (count, want) in counts.iter().zip(want) {
-            let share = *count as f32 / draws as f32;
-            assert!((share - want).abs() < 0.012, "{counts:?}");
-        }
-    }
-
-    #[test]
-    fn random_numbers_depend_on_seed_row_and_position() {
-        let base = key(3).uniform();
-        assert_eq!(base, key(3).uniform());
-        assert!((0.0..1.0).contains(&base));
-        let others = [
-            key(4).uniform(),
-            RowKey { seed: 8, ..key(3) }.uniform(),
-            RowKey { id: "other", ..key(3) }.uniform(),
-        ];
-        assert!(others.iter().all(|&other| other != base));
-    }
-
-    #[test]
-    fn extreme_temperatures_and_bad_logits() {
-        let logits = Tensor::from_slice(&[-1e4f32, 1e4, 9e3]).view([1, 3]);
-        for temperature in [0.0, 1e-30, 1.0] {
-            let mut sampler = Sampler::new(Sampling { temperature, top_p: 0.9 });
-            assert_eq!(sampler.choose(&logits, &[key(0)]).unwrap(), [1]);
-        }
-        for bad in [f32::NAN, f32::INFINITY] {
-            let logits = Tensor::from_slice(&[0.0f32, bad, 1.0]).view([1, 3]);
-            for temperature in [0.0, 1.0] {
-                let mut sampler = Sampler::new(Sampling { temperature, top_p: 1.0 });
-                let error = sampler.choose(&logits, &[key(5)]).unwrap_err();
-                assert!(matches!(error, Error::NonFiniteLogits { position: 5, .. }), "{error}");
-            }
-        }
-        let none = Tensor::full([1, 3], f64::NEG_INFINITY, (Kind::Float, Device::Cpu));
-        assert!(Sampler::new(Sampling::default()).choose(&none, &[key(0)]).is_err());
-    }
-
-    #[test]
-    fn settings_are_checked() {
-        let valid = |temperature, top_p| Sampling { temperature, top_p }.validate().is_ok();
-        assert!(valid(0.0, 1.0) && valid(2.0, 0.1));
-        assert!(!valid(-1.0, 1.0) && !valid(f64::NAN, 1.0) && !valid(1.0, 0.0) && !valid(1.0, 1.1));
-    }
-}
+mod tests;

@@ -68,10 +68,11 @@ fn slots_are_refilled_and_rows_equal_the_model_run_alone() {
 #[test]
 fn a_row_is_the_same_alone_and_in_any_batch() {
     let loaded = loaded();
-    let sampled = Sampling { temperature: 1.0, top_p: 0.95 };
-    for sampling in [Sampling::default(), sampled, Sampling { top_p: 1.0, ..sampled }] {
+    let samplings =
+        [Sampling::default(), Sampling::nucleus(1.0, 0.95), Sampling::nucleus(1.0, 1.0)];
+    for sampling in samplings {
         let rows = |max_batch_size, requests| {
-            let config = EngineConfig { max_batch_size, sampling, ..config() };
+            let config = EngineConfig { max_batch_size, sampling: sampling.clone(), ..config() };
             tokens_by_row(run(&mut engine(&loaded, config), requests))
         };
         let requests = prompts(&loaded);
@@ -88,14 +89,17 @@ fn a_row_is_the_same_alone_and_in_any_batch() {
 #[test]
 fn sampled_rows_depend_on_seed_and_id() {
     let loaded = loaded();
-    let sampling = Sampling { temperature: 1.0, top_p: 1.0 };
+    let sampling = Sampling::nucleus(1.0, 1.0);
     let tokens = loaded.tokenizer.encode_with_bos("Once upon a time");
     let one = |id: &str, seed| {
         let row = Request { id: id.into(), tokens: tokens.clone(), seed };
-        run(&mut engine(&loaded, EngineConfig { sampling, ..config() }), vec![row])
-            .finished
-            .remove(0)
-            .tokens
+        run(
+            &mut engine(&loaded, EngineConfig { sampling: sampling.clone(), ..config() }),
+            vec![row],
+        )
+        .finished
+        .remove(0)
+        .tokens
     };
     let base = one("a", 1);
     assert_eq!(base, one("a", 1));
@@ -255,7 +259,7 @@ fn settings_and_tokenizers_that_do_not_fit_are_errors() {
         refused(EngineConfig { max_batch_size: 0, ..config() }).contains("max_batch_size is 0")
     );
     assert!(refused(EngineConfig { max_gen_len: 0, ..config() }).contains("max_gen_len"));
-    let sampling = Sampling { temperature: 1.0, top_p: 1.5 };
+    let sampling = Sampling::nucleus(1.0, 1.5);
     assert!(refused(EngineConfig { sampling, ..config() }).contains("top_p is 1.5"));
     let other = crate::support::load(&data("untied"), &dromedary_llama::LoadOptions::default());
     let error = Engine::new(&other, &loaded.tokenizer, &SingleProcess, config()).err().unwrap();

@@ -11,6 +11,7 @@ mod config; // config.json
 mod engine; // batch generation
 mod gradients; // training over several ranks
 mod hostile; // safetensors files made to do harm
+mod independence; // the same row in other company
 mod inspect; // `llama inspect`
 mod merge; // adapters into their base, `llama merge`
 mod model; // parts of the model, adapters in place

@@ -48,9 +48,9 @@ fn logits_are_those_of_one_rank() {
 #[test]
 fn tokens_are_those_of_one_rank() {
     let greedy = Sampling::default();
-    let wide = Sampling { temperature: 1.0, top_p: 1.0 };
-    let nucleus = Sampling { temperature: 1.0, top_p: 0.95 };
-    let generate = |comm: &dyn Communicator, sampling| {
+    let wide = Sampling::nucleus(1.0, 1.0);
+    let nucleus = Sampling::nucleus(1.0, 0.95);
+    let generate = |comm: &dyn Communicator, sampling: &Sampling| {
         let loaded = Loaded::new(&stories(), comm);
         let prefix = loaded.tokenizer.encode_with_bos("Lily and Tom went to the park. They saw");
         let requests = [" a big dog", " a", " their mom and a red ball."].iter().enumerate();
@@ -62,7 +62,7 @@ fn tokens_are_those_of_one_rank() {
         let config = EngineConfig {
             max_batch_size: 2,
             max_gen_len: 48,
-            sampling,
+            sampling: sampling.clone(),
             ..EngineConfig::default()
         };
         let mut engine = loaded.engine(comm, config);
@@ -71,9 +71,9 @@ fn tokens_are_those_of_one_rank() {
         finished.into_iter().map(|row| (row.id, row.tokens)).collect::<Vec<_>>()
     };
     for sampling in [greedy, wide, nucleus] {
-        let want = generate(&SingleProcess, sampling);
+        let want = generate(&SingleProcess, &sampling);
         for tp in [2, 3] {
-            for rank in on_ranks(tp, |comm| generate(comm, sampling)) {
+            for rank in on_ranks(tp, |comm| generate(comm, &sampling)) {
                 assert_eq!(rank, want, "{sampling:?} at tp {tp}");
             }
         }
