@@ -40,6 +40,14 @@ pub enum Error {
         /// What is done and how to continue.
         message: String,
     },
+    /// A report cannot be made into a page.
+    #[error("cannot make the page of {title}")]
+    Page {
+        /// The page's title.
+        title: String,
+        /// What the template engine said.
+        source: minijinja::Error,
+    },
     /// The handlers of the signals cannot be installed.
     #[error("cannot install the signal handlers")]
     Signals {

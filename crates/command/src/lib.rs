@@ -1,4 +1,4 @@
-//! What every binary does alike: configuration, logging, exit codes, signals, progress.
+//! What every binary does alike: configuration, logging, exit codes, signals, progress, reports.
 //!
 //! # Brief overview
 //!
@@ -7,7 +7,8 @@
 //! table of the same name in a TOML file; the result goes to the stage's own
 //! `Config::try_from(args)`, which validates it. [`run`] is the body of `main`: it prints an error
 //! once and chooses the exit code. [`StopFlag`] turns signals into a flag, [`init_logging`] and
-//! [`Progress`] write to stderr without disturbing each other.
+//! [`Progress`] write to stderr without disturbing each other. A [`ReportPage`] is a report that
+//! people read in a browser.
 //!
 //! | exit code | when |
 //! |---|---|
@@ -42,6 +43,7 @@ mod args;
 mod config;
 mod error;
 mod logging;
+mod page;
 mod progress;
 #[cfg(doctest)]
 mod readme;
@@ -52,6 +54,7 @@ pub use args::{Common, boolean, normalize_args, parse};
 pub use config::{ignored_flags, layered, print_config, required};
 pub use error::{Error, Result};
 pub use logging::init_logging;
+pub use page::{Bars, Excerpt, Excerpts, ReportPage, Table};
 pub use progress::Progress;
 pub use run::{exit_code, run};
 pub use stop::{CriticalSection, StopFlag};

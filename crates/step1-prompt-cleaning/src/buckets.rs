@@ -27,10 +27,7 @@ pub(crate) struct KeyedBuckets<T> {
 impl<T: Serialize + DeserializeOwned> KeyedBuckets<T> {
     /// Buckets on the disk that `output` will be written to.
     pub(crate) fn beside(output: &Path) -> KeyedBuckets<T> {
-        let folder = match output.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
-            _ => PathBuf::from("."),
-        };
+        let folder = folder_of(output);
         let bucket = || BufWriter::new(tempfile::spooled_tempfile_in(BUCKET_MEMORY, &folder));
         let buckets = std::iter::repeat_with(bucket).take(BUCKETS).collect();
         KeyedBuckets { buckets, folder, rows: PhantomData }
@@ -54,6 +51,14 @@ impl<T: Serialize + DeserializeOwned> KeyedBuckets<T> {
             };
             rows.into_iter().map(|(_, row)| Ok(row)).chain(error.map(Err))
         })
+    }
+}
+
+/// The folder that a file is or will be in.
+pub(crate) fn folder_of(file: &Path) -> PathBuf {
+    match file.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+        _ => PathBuf::from("."),
     }
 }
 

@@ -52,6 +52,13 @@ impl KeyedOrder {
         self.keys(prompt).1
     }
 
+    /// The place of the row of this id in a keyed sample: a hash of it and the seed, so that it is
+    /// the same whatever the other rows are.
+    pub fn choice_key(&self, id: &str) -> u64 {
+        let hash = blake3::keyed_hash(&self.key, id.as_bytes());
+        hash.as_bytes()[..8].iter().fold(0, |key, &byte| key << 8 | u64::from(byte))
+    }
+
     fn keys(&self, prompt: &Fingerprint) -> (u128, u128) {
         let hash = blake3::keyed_hash(&self.key, prompt.as_bytes());
         let half = |range: std::ops::Range<usize>| {

@@ -97,6 +97,48 @@ pub enum Error {
         /// What the writer said.
         source: serde_json::Error,
     },
+    /// The report cannot be made into a page.
+    #[error("cannot make the page of the report")]
+    Page {
+        /// Why not.
+        source: dromedary_command::Error,
+    },
+    /// `--explain` names a row that is not there.
+    #[error(
+        "no row is {name:?}: --explain takes SOURCE:NUMBER, as in a report, or the id of a row"
+    )]
+    NoSuchRow {
+        /// The name.
+        name: String,
+    },
+    /// `--languages` names a language that the detector does not know.
+    #[error("no language is {code:?}; known are {}", known.join(", "))]
+    UnknownLanguage {
+        /// The code.
+        code: String,
+        /// Those in the lists.
+        known: Vec<String>,
+    },
+    /// A benchmark for `--decontaminate` is no JSON, though its name says so.
+    #[error("cannot read {}", path.display())]
+    BenchmarkJson {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+    /// A file for `--decontaminate` has nothing to compare with.
+    #[error("{}: no text of three words or more", path.display())]
+    NoBenchmark {
+        /// The file.
+        path: PathBuf,
+    },
+    /// More prompts than near-duplicates can be found among.
+    #[error("--near-duplicates takes up to {max} prompts")]
+    TooManyPrompts {
+        /// The most that it takes.
+        max: usize,
+    },
     /// The threads cannot be started.
     #[error("cannot start {threads} threads: {message}")]
     Threads {

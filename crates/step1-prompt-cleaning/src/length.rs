@@ -36,6 +36,14 @@ impl TokenCounter {
         matches!(self, TokenCounter::Estimate)
     }
 
+    /// The number of tokens.
+    pub fn count(&self, text: &str) -> usize {
+        match self {
+            TokenCounter::Exact(tokenizer) => tokenizer.len_with_bos(text),
+            TokenCounter::Estimate => estimate(text),
+        }
+    }
+
     /// Whether the text has no more than `max` tokens.
     pub fn fits(&self, text: &str, max: usize) -> bool {
         match self {

@@ -37,28 +37,38 @@
 mod buckets;
 mod clean;
 mod commands;
+mod decontamination;
 mod dedup;
 mod error;
+mod explain;
 mod filter;
+mod language;
 mod length;
 mod lists;
+mod near_duplicates;
 mod pipeline;
 mod report;
 mod rules;
+mod selection;
 pub mod sources;
 pub mod text;
 
 pub use clean::{Cleaned, Cleaner, Edit};
 pub use commands::{
-    AggregateArgs, AggregateConfig, JudgeArgs, JudgeConfig, MergeArgs, MergeConfig, SUBCOMMANDS,
-    Session, SharedArgs, SharedConfig, SubsampleArgs, SubsampleConfig, aggregate_sharegpt,
-    clean_and_merge, subsample_openorca,
+    AggregateArgs, AggregateConfig, JudgeArgs, JudgeConfig, MergeArgs, MergeConfig, OptionalArgs,
+    OptionalConfig, SUBCOMMANDS, Session, SharedArgs, SharedConfig, SubsampleArgs, SubsampleConfig,
+    aggregate_sharegpt, clean_and_merge, subsample_openorca,
 };
+pub use decontamination::DecontaminationRule;
 pub use dedup::{Fingerprint, KeyedOrder};
 pub use error::{Error, Result};
+pub use explain::Explanation;
 pub use filter::{DropReason, LengthRule, NliRule};
+pub use language::LanguageRule;
 pub use length::TokenCounter;
 pub use lists::Lists;
-pub use pipeline::{Draft, Dropped, Effect, Judged, NotEmpty, Pipeline, Rule, Step};
-pub use report::{InputFile, Report, SourceCounts};
+pub use near_duplicates::{NearDuplicates, NearMatch, Sketch, Sketcher, similarity};
+pub use pipeline::{Draft, Dropped, Effect, Judged, NotEmpty, Pipeline, Rule, Step, Strip};
+pub use report::{HashedFile, InputFile, Report, Sample, SourceCounts, TokenLengths};
 pub use rules::{Compat, Rules, Source};
+pub use selection::{PerSource, Selection};

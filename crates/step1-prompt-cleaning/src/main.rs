@@ -1,5 +1,6 @@
 //! `step1-prompt-cleaning`: collects, cleans and subsamples prompts.
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -71,6 +72,8 @@ where
         return Ok(print_config(subcommand, &config)?);
     }
     let session = Session { stop: StopFlag::install()?, show_progress: !common.quiet };
-    work(&config, &session)?;
+    if let Some(explanation) = work(&config, &session)?.explanation {
+        io::stdout().write_all(explanation.to_string().as_bytes())?;
+    }
     Ok(())
 }

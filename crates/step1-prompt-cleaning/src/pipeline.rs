@@ -2,6 +2,7 @@ use std::fmt;
 
 use dromedary_records::{Prompt, row_id};
 
+use crate::text::strip;
 use crate::{Cleaner, DropReason, Edit, LengthRule, NliRule, Source};
 
 /// A prompt on its way through the rules.
@@ -110,6 +111,25 @@ impl Rule for Cleaner {
         let (text, edits) = (cleaned.text.to_owned(), cleaned.edits);
         draft.instruction = text;
         Effect::Edited(edits)
+    }
+}
+
+/// Removes white space at the ends, and no page chrome.
+#[derive(Clone, Copy, Debug)]
+pub struct Strip;
+
+impl Rule for Strip {
+    fn name(&self) -> &'static str {
+        "strip"
+    }
+
+    fn apply(&self, draft: &mut Draft) -> Effect {
+        let stripped = strip(&draft.instruction);
+        if stripped.len() == draft.instruction.len() {
+            return Effect::Untouched;
+        }
+        draft.instruction = stripped.to_owned();
+        Effect::Edited(vec![Edit::Whitespace])
     }
 }
 

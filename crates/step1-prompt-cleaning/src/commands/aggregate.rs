@@ -1,4 +1,4 @@
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use dromedary_command::required;
@@ -6,10 +6,14 @@ use dromedary_records::RowWriter;
 use serde::{Deserialize, Serialize};
 
 use super::settings::{SharedArgs, SharedConfig, refuse_overwriting};
-use super::{Run, Session, make_report_folder, on_threads, publish};
-use crate::report::{Report, SourceCounts};
-use crate::sources::{ShareGptOpening, refuse_hub_name};
-use crate::{Draft, DropReason, Fingerprint, Result, Rules, Source, text::strip};
+use super::{Outcome, Run, Session, make_report_folder, on_threads};
+use crate::explain::{Explanation, Search};
+use crate::report::{Ledger, Report, RowName};
+use crate::sources::{Fault, Offer, refuse_hub_name, sharegpt};
+use crate::text::strip;
+use crate::{
+    Draft, DropReason, Dropped, Effect, Fingerprint, Judged, Pipeline, Result, Rule, Rules, Source,
+};
 
 const COMMAND: &str = "aggregate-sharegpt";
 
@@ -72,46 +76,113 @@ pub fn aggregate_sharegpt(config: &AggregateConfig, session: &Session) -> Result
 fn aggregate(config: &AggregateConfig, session: &Session) -> Result<Report> {
     make_report_folder(config.shared.report.as_deref())?;
     let rules = Rules::from(config.shared.compat);
-    let mut writer = RowWriter::create(&config.output_file)?;
+    // Dromedary drops empty prompts in the next step.
+    let not_blank = (rules == Rules::Corrected).then_some(NotBlank);
+    let mut collector = Collector {
+        pipeline: Pipeline::new().with_some(not_blank),
+        seen: BTreeMap::new(),
+        ledger: Ledger::new(config.shared.report.is_some()),
+        search: Search::new(config.shared.explain.as_deref()),
+        writer: RowWriter::create(&config.output_file)?,
+    };
+    collector.ledger.open(Source::ShareGpt.name());
     let mut run = Run::new(session, config.shared.max_bad_rows);
-    let mut counts = SourceCounts::default();
-    let mut seen = BTreeSet::new();
     for file in &config.data_files {
-        run.read(
-            file,
-            ShareGptOpening::open(file)?,
-            |opening| judge(rules, opening),
-            |judged| {
-                counts.rows += 1;
-                match judged.unwrap_or(Err(DropReason::BadRow)) {
-                    Ok((fingerprint, question)) if seen.insert(fingerprint) => {
-                        counts.kept += 1;
-                        writer.write(&Draft::new(Source::ShareGpt, question).into_prompt())?;
-                    }
-                    Ok(_) => counts.count_drops(DropReason::Duplicate, 1),
-                    Err(reason) => counts.count_drops(reason, 1),
-                }
-                Ok(())
-            },
-        )?;
+        run.read(file, sharegpt(file)?, |offer| judge(rules, offer), |row| collector.admit(row))?;
     }
-    let sources = BTreeMap::from([(Source::ShareGpt.to_string(), counts)]);
-    let report = run.report(COMMAND, config, &config.output_file, sources)?;
-    publish(report, writer, config.shared.report.as_deref())
+    run.publish(Outcome {
+        command: COMMAND,
+        settings: serde_json::to_value(config),
+        shared: &config.shared,
+        output: &config.output_file,
+        references: Vec::new(),
+        ledger: collector.ledger,
+        search: collector.search,
+        writer: collector.writer,
+    })
 }
 
-fn judge(
-    rules: Rules,
-    opening: ShareGptOpening,
-) -> std::result::Result<(Fingerprint, String), DropReason> {
-    match opening {
-        ShareGptOpening::Unfit(reason) => Err(reason),
-        // Dromedary drops empty prompts in the next step.
-        ShareGptOpening::Prompt(question)
-            if rules == Rules::Corrected && strip(&question).is_empty() =>
-        {
-            Err(DropReason::Empty)
+/// Leaves out prompts of nothing but white space.
+struct NotBlank;
+
+impl Rule for NotBlank {
+    fn name(&self) -> &'static str {
+        "not blank"
+    }
+
+    fn apply(&self, draft: &mut Draft) -> Effect {
+        strip(&draft.instruction).is_empty().then(|| Dropped::plain(DropReason::Empty)).into()
+    }
+}
+
+/// The draft with its fingerprint, or the text that is none and why.
+type Opening = std::result::Result<(Fingerprint, Draft), (DropReason, String)>;
+
+fn judge(rules: Rules, offer: Offer) -> Opening {
+    match offer {
+        Offer::Draft(draft) => Ok((Fingerprint::of(rules, &draft.instruction), draft)),
+        Offer::Unfit { reason, text } => Err((reason, text)),
+    }
+}
+
+/// Keeps the first of equal questions.
+struct Collector {
+    pipeline: Pipeline,
+    seen: BTreeMap<Fingerprint, u64>,
+    ledger: Ledger,
+    search: Search,
+    writer: RowWriter,
+}
+
+impl Collector {
+    fn admit(&mut self, row: std::result::Result<Opening, Fault>) -> Result<()> {
+        let source = Source::ShareGpt;
+        let number = self.ledger.row(source.name());
+        let name = RowName { source: source.name(), number };
+        let (fingerprint, draft) = match row {
+            Ok(Ok(opening)) => opening,
+            Ok(Err((reason, text))) => {
+                self.leave_out(name, Draft::new(source, text), Dropped::plain(reason));
+                return Ok(());
+            }
+            Err(Fault(fault)) => {
+                let dropped = Dropped::with(DropReason::BadRow, fault);
+                self.leave_out(name, Draft::new(source, ""), dropped);
+                return Ok(());
+            }
+        };
+        if self.search.is_wanted(name, [&draft]) {
+            self.search.found(Explanation::judged(name, draft.clone(), &self.pipeline));
         }
-        ShareGptOpening::Prompt(question) => Ok((Fingerprint::of(rules, &question), question)),
+        let Judged { draft, dropped, .. } = self.pipeline.judge(draft);
+        let dropped = dropped.or_else(|| self.equal(name, fingerprint));
+        match dropped {
+            Some(dropped) => {
+                self.ledger.dropped(source.name(), name, &dropped, || draft.instruction);
+            }
+            None => {
+                self.ledger.kept(source.name(), None);
+                self.writer.write(&draft.into_prompt())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn leave_out(&mut self, name: RowName<'_>, draft: Draft, dropped: Dropped) {
+        if self.search.is_wanted(name, [&draft]) {
+            let text = draft.instruction.clone();
+            self.search.found(Explanation::unfit(name, text, dropped.clone()));
+        }
+        self.ledger.dropped(name.source, name, &dropped, || draft.instruction);
+    }
+
+    fn equal(&mut self, name: RowName<'_>, fingerprint: Fingerprint) -> Option<Dropped> {
+        let first = *self.seen.entry(fingerprint).or_insert(name.number);
+        let dropped = (first != name.number).then(|| {
+            let first = RowName { number: first, ..name };
+            Dropped::with(DropReason::Duplicate, format!("of {first}"))
+        });
+        self.search.step(name, "duplicates", dropped.clone());
+        dropped
     }
 }

@@ -1,22 +1,17 @@
-use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use dromedary_command::{Error, required};
-use dromedary_records::{Prompt, RowWriter};
+use dromedary_records::RowWriter;
 use serde::{Deserialize, Serialize};
 
+use super::merger::{Judge, Merger};
+use super::optional::{OptionalArgs, OptionalConfig};
 use super::settings::{JudgeArgs, JudgeConfig, SharedArgs, SharedConfig, refuse_overwriting};
-use super::{Run, Session, make_report_folder, on_threads, publish};
-use crate::buckets::KeyedBuckets;
-use crate::report::{Report, SourceCounts};
-use crate::sources::{
-    AnsweredMessages, DollyPrompt, Fault, OasstMessage, Row, Value, refuse_hub_name, rows,
-};
-use crate::{
-    Cleaner, Draft, DropReason, Fingerprint, Judged, KeyedOrder, LengthRule, Lists, NotEmpty,
-    Pipeline, Result, Rules, Source,
-};
+use super::{Outcome, Run, Session, make_report_folder, on_threads};
+use crate::report::Report;
+use crate::sources::{Offers, dolly, oasst, prompts, refuse_hub_name};
+use crate::{LanguageRule, Lists, Result, Source};
 
 const COMMAND: &str = "clean-and-merge";
 
@@ -46,6 +41,10 @@ pub struct MergeArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub judge: JudgeArgs,
+    /// Flags of the rules that are off unless they are asked for.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub optional: OptionalArgs,
     /// Flags that every command has.
     #[command(flatten)]
     #[serde(flatten)]
@@ -70,6 +69,9 @@ pub struct MergeConfig {
     /// Settings of the commands that measure, judge and order prompts.
     #[serde(flatten)]
     pub judge: JudgeConfig,
+    /// Settings of the rules that are off unless they are asked for.
+    #[serde(flatten)]
+    pub optional: OptionalConfig,
     /// Settings that every command has.
     #[serde(flatten)]
     pub shared: SharedConfig,
@@ -80,6 +82,15 @@ impl TryFrom<MergeArgs> for MergeConfig {
 
     fn try_from(args: MergeArgs) -> dromedary_command::Result<MergeConfig> {
         let shared = SharedConfig::try_from(args.shared)?;
+        let judge = JudgeConfig::resolve(args.judge, &shared)?;
+        let given = [
+            (Source::Dolly, &args.dolly),
+            (Source::Oasst1, &args.oasst),
+            (Source::ShareGpt, &args.sharegpt_prompt_path),
+            (Source::OpenOrca, &args.openorca_prompt_path),
+        ];
+        let given = given.into_iter().filter(|(_, file)| file.is_some());
+        let sources: Vec<Source> = given.map(|(source, _)| source).collect();
         let config = MergeConfig {
             sharegpt_prompt_path: args.sharegpt_prompt_path,
             openorca_prompt_path: args.openorca_prompt_path,
@@ -87,7 +98,8 @@ impl TryFrom<MergeArgs> for MergeConfig {
             oasst: args.oasst,
             output_file: required(args.output_file, "output_file")?,
             min_prompt_len: args.min_prompt_len.unwrap_or(2),
-            judge: JudgeConfig::resolve(args.judge, &shared)?,
+            judge,
+            optional: OptionalConfig::resolve(args.optional, &sources)?,
             shared,
         };
         config.check()?;
@@ -116,7 +128,12 @@ impl MergeConfig {
                 refuse_hub_name(file, flag(source))?;
             }
         }
-        refuse_overwriting(&self.output_file, files)
+        if !self.optional.languages.is_empty() {
+            let lists = self.judge.open_lists().map_err(|error| Error::usage(error.to_string()))?;
+            LanguageRule::new(&self.optional.languages, &lists)
+                .map_err(|error| Error::usage(format!("--languages: {error}")))?;
+        }
+        refuse_overwriting(&self.output_file, files.into_iter().chain(&self.references()))
     }
 
     fn file(&self, source: Source) -> Option<&PathBuf> {
@@ -152,130 +169,41 @@ pub fn clean_and_merge(config: &MergeConfig, session: &Session) -> Result<Report
 
 fn merge(config: &MergeConfig, session: &Session) -> Result<Report> {
     make_report_folder(config.shared.report.as_deref())?;
-    let lists = Lists::open(config.judge.lists.as_deref())?;
-    let pipeline = pipeline(config, &lists)?;
+    let lists = config.judge.open_lists()?;
+    let judge = Judge::open(config, &lists)?;
     let mut writer = RowWriter::create(&config.output_file)?;
     let mut run = Run::new(session, config.shared.max_bad_rows);
-    let mut merger = Merger::new(config);
+    let mut merger = Merger::new(config, &judge)?;
     for source in Source::ALL {
         let Some(file) = config.file(source) else {
             tracing::warn!("no {}: the output has no prompts of {source}", flag(source));
             continue;
         };
-        merger.counts.insert(source.to_string(), SourceCounts::default());
+        merger.begin(source);
         run.read(
             file,
-            drafts(source, file, &lists)?,
-            |draft| draft.map(|draft| pipeline.judge(draft)),
-            |judged| merger.admit(source, judged),
+            offers(source, file, &lists)?,
+            |offer| judge.judge(source, offer),
+            |verdict| merger.admit(source, verdict),
         )?;
     }
-    for prompt in merger.buckets.into_ordered() {
-        writer.write(&prompt?)?;
-    }
-    let report = run.report(COMMAND, config, &config.output_file, merger.counts)?;
-    publish(report, writer, config.shared.report.as_deref())
-}
-
-/// The rules that look at one prompt.
-fn pipeline(config: &MergeConfig, lists: &Arc<Lists>) -> Result<Pipeline> {
-    let length = LengthRule {
-        counter: config.judge.counter()?,
-        min: config.min_prompt_len,
-        max: config.judge.max_prompt_len,
-        suffix: "",
-    };
-    let cleaner = Cleaner::new(config.shared.compat.into(), lists.clone());
-    Ok(Pipeline::new().with(cleaner).with(NotEmpty).with(length))
-}
-
-/// The prompts of a source, or why its rows are none.
-type Drafts = Box<dyn Iterator<Item = Result<Row<std::result::Result<Draft, DropReason>>>>>;
-
-fn drafts(source: Source, file: &Path, lists: &Arc<Lists>) -> Result<Drafts> {
-    let alone = move |instruction: String| Ok(Draft::new(source, instruction));
-    Ok(match source {
-        Source::Dolly => Box::new(DollyPrompt::open(file, lists.clone())?.map(move |row| {
-            Ok(row?.map(|prompt| match prompt {
-                DollyPrompt::Prompt(instruction) => alone(instruction),
-                DollyPrompt::Unfit(reason) => Err(reason),
-            }))
-        })),
-        Source::Oasst1 => {
-            let answered = AnsweredMessages::open(file)?;
-            Box::new(OasstMessage::open(file, answered)?.map(move |row| {
-                Ok(row?.map(|message| match message {
-                    OasstMessage::Prompt(text) => alone(text),
-                    OasstMessage::Unfit(reason) => Err(reason),
-                }))
-            }))
-        }
-        Source::ShareGpt | Source::OpenOrca => Box::new(
-            rows(file, &["instruction"])?
-                .map(move |row| Ok(row?.read(|row| read_prompt(source, row)))),
-        ),
+    let (ledger, search) = merger.write(&mut writer)?;
+    run.publish(Outcome {
+        command: COMMAND,
+        settings: serde_json::to_value(config),
+        shared: &config.shared,
+        output: &config.output_file,
+        references: config.references(),
+        ledger,
+        search,
+        writer,
     })
 }
 
-fn read_prompt(
-    source: Source,
-    mut row: Value,
-) -> std::result::Result<std::result::Result<Draft, DropReason>, Fault> {
-    let instruction = row.take_text("instruction")?;
-    let input = row.take_optional_text("input")?.unwrap_or_default();
-    Ok(Ok(Draft { source, instruction, input }))
-}
-
-/// Keeps the first of equal prompts, in the order of the seed.
-struct Merger {
-    rules: Rules,
-    order: KeyedOrder,
-    seen: BTreeSet<Fingerprint>,
-    buckets: KeyedBuckets<Prompt>,
-    counts: BTreeMap<String, SourceCounts>,
-}
-
-impl Merger {
-    fn new(config: &MergeConfig) -> Merger {
-        Merger {
-            rules: config.shared.compat.into(),
-            order: KeyedOrder::new(config.judge.seed),
-            seen: BTreeSet::new(),
-            buckets: KeyedBuckets::beside(&config.output_file),
-            counts: BTreeMap::new(),
-        }
-    }
-
-    fn admit(
-        &mut self,
-        source: Source,
-        judged: Option<std::result::Result<Judged, DropReason>>,
-    ) -> Result<()> {
-        let counts = self.counts.entry(source.to_string()).or_default();
-        counts.rows += 1;
-        let Judged { draft, edits, dropped } = match judged {
-            None => {
-                counts.count_drops(DropReason::BadRow, 1);
-                return Ok(());
-            }
-            Some(Err(reason)) => {
-                counts.count_drops(reason, 1);
-                return Ok(());
-            }
-            Some(Ok(judged)) => judged,
-        };
-        counts.count_edits(&edits);
-        if let Some(dropped) = dropped {
-            counts.count_drops(dropped.reason, 1);
-            return Ok(());
-        }
-        let fingerprint = Fingerprint::of(self.rules, &draft.whole());
-        if self.seen.insert(fingerprint) {
-            counts.kept += 1;
-            self.buckets.push(self.order.output_key(&fingerprint), &draft.into_prompt())?;
-        } else {
-            counts.count_drops(DropReason::Duplicate, 1);
-        }
-        Ok(())
+fn offers(source: Source, file: &Path, lists: &Arc<Lists>) -> Result<Offers> {
+    match source {
+        Source::Dolly => dolly(file, lists.clone()),
+        Source::Oasst1 => oasst(file),
+        Source::ShareGpt | Source::OpenOrca => prompts(file, source),
     }
 }

@@ -2,25 +2,27 @@
 
 mod aggregate;
 mod merge;
+mod merger;
+mod optional;
 mod settings;
 mod subsample;
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use dromedary_command::{Progress, StopFlag};
 use dromedary_records::RowWriter;
 use rayon::prelude::*;
-use serde::Serialize;
 
 pub use aggregate::{AggregateArgs, AggregateConfig, aggregate_sharegpt};
 pub use merge::{MergeArgs, MergeConfig, clean_and_merge};
+pub use optional::{OptionalArgs, OptionalConfig};
 pub use settings::{JudgeArgs, JudgeConfig, SharedArgs, SharedConfig};
 pub use subsample::{SubsampleArgs, SubsampleConfig, subsample_openorca};
 
-use crate::report::{InputFile, Report, SourceCounts};
-use crate::sources::{BadRows, Row};
+use crate::explain::Search;
+use crate::report::{HashedFile, InputFile, Ledger, Report};
+use crate::sources::{BadRows, Fault, Row};
 use crate::{Error, Result};
 
 /// The subcommands, which are also the tables that a configuration file may have.
@@ -53,13 +55,13 @@ impl<'s> Run<'s> {
     }
 
     /// Judges the rows of a file on all threads and admits them in its order; a bad row is admitted
-    /// as `None`.
+    /// with its fault.
     fn read<T: Send, J: Send>(
         &mut self,
         path: &Path,
         mut rows: impl Iterator<Item = Result<Row<T>>>,
         judge: impl Fn(T) -> J + Sync,
-        mut admit: impl FnMut(Option<J>) -> Result<()>,
+        mut admit: impl FnMut(std::result::Result<J, Fault>) -> Result<()>,
     ) -> Result<()> {
         let mut bad_rows = BadRows::of(path, self.max_bad_rows);
         loop {
@@ -73,46 +75,57 @@ impl<'s> Run<'s> {
                 return Ok(());
             }
             self.progress.inc(batch.len() as u64);
-            let contents: Vec<Option<T>> =
+            let contents: Vec<std::result::Result<T, Fault>> =
                 batch.into_iter().map(|row| bad_rows.accept(row)).collect();
-            let judged: Vec<Option<J>> =
+            let judged: Vec<std::result::Result<J, Fault>> =
                 contents.into_par_iter().map(|content| content.map(&judge)).collect();
             judged.into_iter().try_for_each(&mut admit)?;
         }
     }
 
-    /// The report of the command, where at least one row is left.
-    fn report(
-        self,
-        command: &str,
-        settings: &impl Serialize,
-        output: &Path,
-        sources: BTreeMap<String, SourceCounts>,
-    ) -> Result<Report> {
+    /// Lets the rows and the report appear; where a row is to be explained, neither.
+    fn publish(self, outcome: Outcome<'_>) -> Result<Report> {
         self.progress.finish();
-        let rows_out = sources.values().map(|counts| counts.kept).sum();
-        let report = Report {
+        let Outcome { command, settings, shared, output, references, .. } = outcome;
+        let mut report = Report {
             command: command.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            settings: serde_json::to_value(settings)
-                .map_err(|source| Error::EncodeReport { source })?,
+            settings: settings.map_err(|source| Error::EncodeReport { source })?,
             inputs: self.inputs,
+            references: references.into_iter().map(HashedFile::of).collect(),
             output: output.to_owned(),
-            rows_out,
-            sources,
+            ..Report::default()
         };
-        if rows_out > 0 { Ok(report) } else { Err(report.none_left()) }
+        report.enter(outcome.ledger.finish());
+        report.explanation = outcome.search.finish()?;
+        if report.explanation.is_some() {
+            return Ok(report);
+        }
+        if report.rows_out == 0 {
+            return Err(report.none_left());
+        }
+        if shared.report.is_some() {
+            report.hash_files()?;
+        }
+        outcome.writer.finish()?;
+        if let Some(folder) = &shared.report {
+            report.write(folder)?;
+        }
+        report.log();
+        Ok(report)
     }
 }
 
-/// Lets the rows and the report appear.
-fn publish(report: Report, writer: RowWriter, folder: Option<&Path>) -> Result<Report> {
-    writer.finish()?;
-    if let Some(folder) = folder {
-        report.write(folder)?;
-    }
-    report.log();
-    Ok(report)
+/// What a command has at its end.
+struct Outcome<'c> {
+    command: &'static str,
+    settings: serde_json::Result<serde_json::Value>,
+    shared: &'c SharedConfig,
+    output: &'c Path,
+    references: Vec<PathBuf>,
+    ledger: Ledger,
+    search: Search,
+    writer: RowWriter,
 }
 
 /// Makes the folder of the report before the work, so that a wrong path costs no time.

@@ -5,7 +5,7 @@ use dromedary_command::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::sources::refuse_hub_name;
-use crate::{Compat, TokenCounter};
+use crate::{Compat, Lists, TokenCounter};
 
 /// A row in a thousand may be bad.
 const MAX_BAD_ROWS: f64 = 0.001;
@@ -20,12 +20,17 @@ pub struct SharedArgs {
     /// Share of rows that may be unreadable before a file is refused [default: 0.001].
     #[arg(long, value_name = "SHARE")]
     pub max_bad_rows: Option<f64>,
-    /// Folder that gets report.json: counts by source and reason [default: none].
+    /// Folder that gets report.json and report.html: counts by source and reason, lengths, samples,
+    /// hashes of the inputs [default: none].
     #[arg(long, value_name = "DIR")]
     pub report: Option<PathBuf>,
     /// Threads [default: one a core].
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
+    /// Print what each rule does to this row, and write nothing: a row as the report names it
+    /// (dolly:17 is the 17th row of Dolly) or the id of a prompt [default: none].
+    #[arg(long, value_name = "ID")]
+    pub explain: Option<String>,
 }
 
 /// Settings that every command has.
@@ -39,6 +44,8 @@ pub struct SharedConfig {
     pub report: Option<PathBuf>,
     /// Threads; 0 is one a core.
     pub threads: usize,
+    /// The row whose way is printed, in place of any output.
+    pub explain: Option<String>,
 }
 
 impl TryFrom<SharedArgs> for SharedConfig {
@@ -50,6 +57,7 @@ impl TryFrom<SharedArgs> for SharedConfig {
             max_bad_rows: share(args.max_bad_rows, MAX_BAD_ROWS, "--max-bad-rows")?,
             report: args.report,
             threads: args.threads.unwrap_or(0),
+            explain: args.explain,
         })
     }
 }
@@ -101,12 +109,30 @@ impl JudgeConfig {
                  original's rows depend on exact lengths",
             ));
         }
+        if let Err(error) = Lists::open(args.lists.as_deref()) {
+            return Err(Error::usage(error.to_string()));
+        }
         Ok(JudgeConfig {
             tokenizer: args.tokenizer,
             max_prompt_len: positive(args.max_prompt_len.unwrap_or(256), "--max-prompt-len")?,
             seed: args.seed.unwrap_or(42),
             lists: args.lists,
         })
+    }
+
+    /// The phrases to look for.
+    pub(crate) fn open_lists(&self) -> crate::Result<Arc<Lists>> {
+        Lists::open(self.lists.as_deref())
+    }
+
+    /// The files that are read besides the rows.
+    pub(crate) fn files(&self) -> Vec<PathBuf> {
+        // Of the folder of a tokenizer that file is read.
+        let file_of = |path: &PathBuf| match path.is_dir() {
+            true => path.join("tokenizer.json"),
+            false => path.clone(),
+        };
+        self.tokenizer.iter().map(file_of).chain(self.lists.clone()).collect()
     }
 
     /// What measures lengths.

@@ -7,6 +7,7 @@ use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::collections::hash_map::{Entry, HashMap};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use dromedary_command::required;
 use dromedary_records::RowWriter;
@@ -15,14 +16,14 @@ use serde::{Deserialize, Serialize};
 use super::settings::{
     JudgeArgs, JudgeConfig, SharedArgs, SharedConfig, positive, refuse_overwriting,
 };
-use super::{Run, Session, make_report_folder, on_threads, publish};
+use super::{Outcome, Run, Session, make_report_folder, on_threads};
 use crate::buckets::KeyedBuckets;
-use crate::report::{Report, SourceCounts};
-use crate::sources::{OpenOrcaQuestion, Stratum, refuse_hub_name};
-use crate::text::strip;
+use crate::explain::{Explanation, Search};
+use crate::report::{Ledger, Report, RowName};
+use crate::sources::{Fault, OpenOrcaQuestion, Stratum, refuse_hub_name};
 use crate::{
-    Draft, DropReason, Edit, Fingerprint, KeyedOrder, LengthRule, Lists, NliRule, Result, Rules,
-    Source,
+    Draft, DropReason, Dropped, Fingerprint, Judged, KeyedOrder, LengthRule, NliRule, NotEmpty,
+    Pipeline, Result, Rules, Source, Strip, TokenCounter,
 };
 
 const COMMAND: &str = "subsample-openorca";
@@ -105,7 +106,7 @@ fn subsample(config: &SubsampleConfig, session: &Session) -> Result<Report> {
     let judge = Judge::open(config)?;
     let mut writer = RowWriter::create(&config.output_path)?;
     let mut run = Run::new(session, config.shared.max_bad_rows);
-    let mut sampler = Sampler::new(config, judge.rules);
+    let mut sampler = Sampler::new(config, &judge);
     let questions = OpenOrcaQuestion::open(&config.train_data_path)?;
     run.read(
         &config.train_data_path,
@@ -113,55 +114,74 @@ fn subsample(config: &SubsampleConfig, session: &Session) -> Result<Report> {
         |question| judge.judge(question),
         |judged| sampler.admit(judged),
     )?;
-    let counts = sampler.write(config.max_samples_per_dataset, &mut writer)?;
-    let report = run.report(COMMAND, config, &config.output_path, counts)?;
-    publish(report, writer, config.shared.report.as_deref())
+    let (ledger, search) = sampler.write(config.max_samples_per_dataset, &mut writer)?;
+    run.publish(Outcome {
+        command: COMMAND,
+        settings: serde_json::to_value(config),
+        shared: &config.shared,
+        output: &config.output_path,
+        references: config.judge.files(),
+        ledger,
+        search,
+        writer,
+    })
 }
 
 /// The rules that look at one question.
 struct Judge {
     rules: Rules,
-    nli: NliRule,
-    length: LengthRule,
+    pipeline: Pipeline,
+    /// Counts tokens for the report.
+    counter: Option<Arc<TokenCounter>>,
+    /// Whether a question is remembered as it was read.
+    keeps_originals: bool,
 }
 
-struct Judged {
+struct JudgedQuestion {
     stratum: Stratum,
-    question: String,
-    stripped: bool,
+    judged: Judged,
+    original: Option<Draft>,
     fingerprint: Fingerprint,
-    drop: Option<DropReason>,
+    tokens: Option<u32>,
 }
 
 impl Judge {
     fn open(config: &SubsampleConfig) -> Result<Judge> {
         let rules = config.shared.compat.into();
-        let lists = Lists::open(config.judge.lists.as_deref())?;
+        let counter = config.judge.counter()?;
         let length = LengthRule {
-            counter: config.judge.counter()?,
+            counter: counter.clone(),
             min: 0,
             max: config.judge.max_prompt_len,
             suffix: "\n\n",
         };
-        Ok(Judge { rules, nli: NliRule::new(rules, lists), length })
+        // Dromedary has no such rule and keeps one empty question.
+        let not_empty = (rules == Rules::Corrected).then_some(NotEmpty);
+        let pipeline = Pipeline::new()
+            .with(Strip)
+            .with_some(not_empty)
+            .with(NliRule::new(rules, config.judge.open_lists()?))
+            .with(length);
+        let reports = config.shared.report.is_some();
+        Ok(Judge {
+            rules,
+            pipeline,
+            counter: reports.then_some(counter),
+            keeps_originals: reports || config.shared.explain.is_some(),
+        })
     }
 
-    fn judge(&self, row: OpenOrcaQuestion) -> Judged {
-        let question = strip(&row.question);
-        // Dromedary has no such rule and keeps one empty question.
-        let drop = if question.is_empty() && self.rules == Rules::Corrected {
-            Some(DropReason::Empty)
-        } else if self.nli.keyword(question).is_some() {
-            Some(DropReason::NliTask)
-        } else {
-            self.length.check(question)
-        };
-        Judged {
+    fn judge(&self, row: OpenOrcaQuestion) -> JudgedQuestion {
+        let draft = Draft::new(Source::OpenOrca, row.question);
+        let original = self.keeps_originals.then(|| draft.clone());
+        let judged = self.pipeline.judge(draft);
+        let counter = self.counter.as_ref().filter(|_| judged.dropped.is_none());
+        JudgedQuestion {
             stratum: row.stratum,
-            stripped: question.len() < row.question.len(),
-            fingerprint: Fingerprint::of(self.rules, question),
-            question: question.to_owned(),
-            drop,
+            original,
+            fingerprint: Fingerprint::of(self.rules, &judged.draft.instruction),
+            tokens: counter.map(|counter| counter.count(&judged.draft.instruction) as u32),
+            judged,
         }
     }
 }
@@ -174,50 +194,83 @@ struct Place {
     drop: Option<DropReason>,
 }
 
+/// A question that waits on disk.
+#[derive(Serialize, Deserialize)]
+struct Waiting {
+    row: u64,
+    tokens: Option<u32>,
+    question: String,
+}
+
 /// Keeps one of equal questions, of those a sample, and of that the order.
-struct Sampler {
-    rules: Rules,
+struct Sampler<'j> {
+    judge: &'j Judge,
     order: KeyedOrder,
     rows: u64,
     places: HashMap<Fingerprint, Place>,
-    /// The number of its row and the question.
-    buckets: KeyedBuckets<(u64, String)>,
-    counts: BTreeMap<Stratum, SourceCounts>,
-    bad_rows: u64,
+    buckets: KeyedBuckets<Waiting>,
+    ledger: Ledger,
+    search: Search,
+    /// The question that is to be explained, unless a rule left it out.
+    wanted: Option<(Fingerprint, u64)>,
 }
 
-impl Sampler {
-    fn new(config: &SubsampleConfig, rules: Rules) -> Sampler {
+impl<'j> Sampler<'j> {
+    fn new(config: &SubsampleConfig, judge: &'j Judge) -> Sampler<'j> {
         Sampler {
-            rules,
+            judge,
             order: KeyedOrder::new(config.judge.seed),
             rows: 0,
             places: HashMap::new(),
             buckets: KeyedBuckets::beside(&config.output_path),
-            counts: BTreeMap::new(),
-            bad_rows: 0,
+            ledger: Ledger::new(config.shared.report.is_some()),
+            search: Search::new(config.shared.explain.as_deref()),
+            wanted: None,
         }
     }
 
-    fn admit(&mut self, judged: Option<Judged>) -> Result<()> {
+    fn admit(&mut self, row: std::result::Result<JudgedQuestion, Fault>) -> Result<()> {
         self.rows += 1;
-        let Some(judged) = judged else {
-            self.bad_rows += 1;
-            return Ok(());
+        let name = row_name(self.rows);
+        let row = match row {
+            Ok(row) => row,
+            Err(Fault(fault)) => {
+                let dropped = Dropped::with(DropReason::BadRow, fault);
+                if self.search.is_wanted(name, []) {
+                    let text = String::new();
+                    self.search.found(Explanation::unfit(name, text, dropped.clone()));
+                }
+                self.ledger.row(name.source);
+                self.ledger.dropped(name.source, name, &dropped, String::new);
+                return Ok(());
+            }
         };
-        let counts = self.counts.entry(judged.stratum).or_default();
-        counts.rows += 1;
-        if judged.stripped {
-            counts.count_edits(&[Edit::Whitespace]);
+        let JudgedQuestion { stratum, judged, original, fingerprint, tokens } = row;
+        let source = stratum.reported_name();
+        self.ledger.row(source);
+        if let Some(original) = original {
+            if self.search.is_wanted(name, [&original, &judged.draft]) {
+                self.wanted = judged.dropped.is_none().then_some((fingerprint, self.rows));
+                let pipeline = &self.judge.pipeline;
+                self.search.found(Explanation::judged(name, original.clone(), pipeline));
+            }
+            let texts = || (original.instruction.clone(), judged.draft.instruction.clone());
+            self.ledger.edited(source, name, &judged.edits, texts);
+        } else {
+            self.ledger.edited(source, name, &judged.edits, Default::default);
         }
+        let question = judged.draft.instruction;
         // Dromedary compares first and filters what is left; the rows are the same.
-        match judged.drop {
-            Some(reason) if self.rules == Rules::Corrected => counts.count_drops(reason, 1),
-            drop => {
-                let place = Place { stratum: judged.stratum, row: self.rows, drop };
-                if self.take_place(&judged.fingerprint, place) && drop.is_none() {
-                    let key = self.order.output_key(&judged.fingerprint);
-                    self.buckets.push(key, &(self.rows, judged.question))?;
+        match judged.dropped {
+            Some(dropped) if self.judge.rules == Rules::Corrected => {
+                self.ledger.dropped(source, name, &dropped, || question);
+            }
+            dropped => {
+                let drop = dropped.map(|dropped| dropped.reason);
+                let place = Place { stratum, row: self.rows, drop };
+                if self.take_place(&fingerprint, place, &question) && drop.is_none() {
+                    let key = self.order.output_key(&fingerprint);
+                    self.buckets.push(key, &Waiting { row: self.rows, tokens, question })?;
                 }
             }
         }
@@ -225,63 +278,74 @@ impl Sampler {
     }
 
     /// Whether the place is the best so far for this question; counts what loses.
-    fn take_place(&mut self, fingerprint: &Fingerprint, place: Place) -> bool {
+    fn take_place(&mut self, fingerprint: &Fingerprint, place: Place, question: &str) -> bool {
         let loser = match self.places.entry(*fingerprint) {
             Entry::Vacant(vacant) => {
                 vacant.insert(place);
                 None
             }
             Entry::Occupied(mut occupied) => Some(match place.cmp(occupied.get()) {
-                Ordering::Less => occupied.insert(place),
-                _ => place,
+                Ordering::Less => (occupied.insert(place), place),
+                _ => (place, *occupied.get()),
             }),
         };
-        let wins = loser != Some(place);
-        if let Some(loser) = loser {
-            let counts = self.counts.entry(loser.stratum).or_default();
-            counts.count_drops(DropReason::Duplicate, 1);
+        let wins = loser.is_none_or(|(loser, _)| loser != place);
+        let text = || question.to_owned();
+        if let Some((loser, winner)) = loser {
+            let source = loser.stratum.reported_name();
+            let duplicate = duplicate_of(winner.row);
+            self.ledger.dropped(source, row_name(loser.row), &duplicate, text);
             if let (true, Some(reason)) = (wins, loser.drop) {
-                counts.take_back(reason);
+                self.ledger.take_back(source, reason);
             }
         }
         if let (true, Some(reason)) = (wins, place.drop) {
-            self.counts.entry(place.stratum).or_default().count_drops(reason, 1);
+            let source = place.stratum.reported_name();
+            self.ledger.dropped(source, row_name(place.row), &Dropped::plain(reason), text);
         }
         wins
     }
 
     /// Writes the sample in its order.
-    fn write(
-        mut self,
-        cap: usize,
-        writer: &mut RowWriter,
-    ) -> Result<BTreeMap<String, SourceCounts>> {
+    fn write(mut self, cap: usize, writer: &mut RowWriter) -> Result<(Ledger, Search)> {
         let last_keys = self.last_sample_keys(cap);
-        for record in self.buckets.into_ordered() {
-            let (row, question) = record?;
-            let fingerprint = Fingerprint::of(self.rules, &question);
+        self.explain_place(&last_keys);
+        for waiting in self.buckets.into_ordered() {
+            let Waiting { row, tokens, question } = waiting?;
+            let fingerprint = Fingerprint::of(self.judge.rules, &question);
             let Some(place) = self.places.get(&fingerprint).filter(|place| place.row == row) else {
                 continue;
             };
-            let counts = self.counts.entry(place.stratum).or_default();
+            let source = place.stratum.reported_name();
             let last_key = last_keys.get(&place.stratum);
             if last_key.is_some_and(|last| self.order.sample_key(&fingerprint) > *last) {
-                counts.count_drops(DropReason::OverCap, 1);
+                let over_cap = Dropped::plain(DropReason::OverCap);
+                self.ledger.dropped(source, row_name(row), &over_cap, || question);
                 continue;
             }
-            counts.kept += 1;
+            self.ledger.kept(source, tokens);
             writer.write(&Draft::new(Source::OpenOrca, question).into_prompt())?;
         }
-        let mut counts: BTreeMap<String, SourceCounts> = BTreeMap::new();
-        for (stratum, of_stratum) in self.counts {
-            counts.insert(format!("{}/{stratum}", Source::OpenOrca), of_stratum);
+        Ok((self.ledger, self.search))
+    }
+
+    /// Says what comparison and cap did to the question that is to be explained.
+    fn explain_place(&mut self, last_keys: &BTreeMap<Stratum, u128>) {
+        let Some((fingerprint, row)) = self.wanted else {
+            return;
+        };
+        let Some(place) = self.places.get(&fingerprint) else {
+            return;
+        };
+        let name = row_name(row);
+        let duplicate = (place.row != row).then(|| duplicate_of(place.row));
+        let is_first = duplicate.is_none();
+        self.search.step(name, "duplicates", duplicate);
+        if is_first {
+            let last = last_keys.get(&place.stratum);
+            let over = last.is_some_and(|last| self.order.sample_key(&fingerprint) > *last);
+            self.search.step(name, "cap", over.then(|| Dropped::plain(DropReason::OverCap)));
         }
-        if self.bad_rows > 0 {
-            let unknown = counts.entry(Source::OpenOrca.to_string()).or_default();
-            unknown.rows = self.bad_rows;
-            unknown.count_drops(DropReason::BadRow, self.bad_rows);
-        }
-        Ok(counts)
     }
 
     /// The sample key of the last row kept, of each stratum with more than `cap` of them.
@@ -302,4 +366,12 @@ impl Sampler {
         }
         last_keys
     }
+}
+
+fn row_name(number: u64) -> RowName<'static> {
+    RowName { source: Source::OpenOrca.name(), number }
+}
+
+fn duplicate_of(row: u64) -> Dropped {
+    Dropped::with(DropReason::Duplicate, format!("of {}", row_name(row)))
 }

@@ -1,8 +1,8 @@
 use std::path::{Path, PathBuf};
 
-use super::Row;
+use super::{Fault, Row};
+use crate::Error;
 use crate::report::InputFile;
-use crate::{Error, Result};
 
 /// So many bad rows of a file are logged one by one.
 const LOGGED: u64 = 5;
@@ -21,24 +21,21 @@ impl BadRows {
         BadRows { path: path.to_owned(), max_share, rows: 0, bad: 0, first: None }
     }
 
-    /// Counts a row; gives its content unless it is bad.
-    pub(crate) fn accept<T>(&mut self, row: Row<T>) -> Option<T> {
+    /// Counts a row; gives its content.
+    pub(crate) fn accept<T>(&mut self, row: Row<T>) -> Result<T, Fault> {
         self.rows += 1;
-        match row.content {
-            Ok(content) => Some(content),
-            Err(fault) => {
-                self.bad += 1;
-                if self.bad <= LOGGED {
-                    tracing::warn!("{}: row {} {}", self.path.display(), row.number, fault.0);
-                }
-                self.first.get_or_insert((row.number, fault.0));
-                None
+        if let Err(fault) = &row.content {
+            self.bad += 1;
+            if self.bad <= LOGGED {
+                tracing::warn!("{}: row {} {}", self.path.display(), row.number, fault.0);
             }
+            self.first.get_or_insert_with(|| (row.number, fault.0.clone()));
         }
+        row.content
     }
 
     /// What was read, at the end of the file.
-    pub(crate) fn finish(self) -> Result<InputFile> {
+    pub(crate) fn finish(self) -> crate::Result<InputFile> {
         let BadRows { path, max_share, rows, bad, first } = self;
         if rows == 0 {
             return Err(Error::NoRows { path });
@@ -47,7 +44,7 @@ impl BadRows {
             Some((row, fault)) if bad as f64 > max_share * rows as f64 => {
                 Err(Error::BadRows { path, row, fault, bad, rows, max_share })
             }
-            _ => Ok(InputFile { path, rows, bad_rows: bad }),
+            _ => Ok(InputFile { path, rows, bad_rows: bad, blake3: None }),
         }
     }
 }

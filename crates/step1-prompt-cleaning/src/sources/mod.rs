@@ -1,14 +1,15 @@
 //! The four sources of prompts as iterators of one schema.
 //!
 //! Reading has two steps. [`rows`] gives the rows of a file, whatever its format, as [`Value`]s with
-//! their numbers; a source then reads a prompt out of each. So each format is read in one place, and
-//! a row of the wrong shape is a [`Fault`] of that row, not of the file.
+//! their numbers; a source then reads an [`Offer`] out of each, the one schema of all. So each format
+//! is read in one place, and a row of the wrong shape is a [`Fault`] of that row, not of the file.
 
 mod bad_rows;
 mod dolly;
 mod hub;
 mod json;
 mod oasst;
+mod offer;
 mod openorca;
 mod parquet;
 mod sharegpt;
@@ -17,11 +18,12 @@ mod value;
 use std::path::Path;
 
 pub(crate) use bad_rows::BadRows;
-pub use dolly::DollyPrompt;
+pub use dolly::dolly;
 pub(crate) use hub::refuse_hub_name;
-pub use oasst::{AnsweredMessages, OasstMessage};
+pub use oasst::oasst;
+pub use offer::{Offer, Offers, openorca, prompts};
 pub use openorca::{OpenOrcaQuestion, Stratum};
-pub use sharegpt::ShareGptOpening;
+pub use sharegpt::sharegpt;
 pub use value::Value;
 
 use crate::Result;

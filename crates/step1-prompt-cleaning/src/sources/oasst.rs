@@ -1,34 +1,32 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::{Fault, Row, Value, is_parquet, rows};
-use crate::{DropReason, Result, Rules, dedup::Fingerprint};
+use super::{Fault, Offer, Offers, Value, is_parquet, rows};
+use crate::{DropReason, Result, Rules, Source, dedup::Fingerprint};
 
 const COLUMNS: [&str; 3] = ["message_id", "parent_id", "text"];
 
-/// A message of oasst1, or why it is no prompt.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum OasstMessage {
-    /// The text of a root message that has an answer.
-    Prompt(String),
-    /// The message does not open an answered conversation.
-    Unfit(DropReason),
+/// The messages of a flat export (`message_id`, `parent_id`, `text`), or the trees of a tree export
+/// (`prompt` with `text` and `replies`); root messages that have an answer are prompts.
+///
+/// # Errors
+/// As [`rows`].
+pub fn oasst(path: &Path) -> Result<Offers> {
+    let answered = AnsweredMessages::open(path)?;
+    let rows = messages(path)?;
+    Ok(Box::new(rows.map(move |row| Ok(row?.read(|message| read(message, &answered))))))
 }
 
 /// The messages of a flat export that somebody answered.
 ///
 /// In a flat export the answer to a message is another row, so the file is read twice.
-#[derive(Clone, Debug, Default)]
-pub struct AnsweredMessages {
+struct AnsweredMessages {
     ids: BTreeSet<Fingerprint>,
 }
 
 impl AnsweredMessages {
     /// Collects them; none are found in a tree export, which does not need them.
-    ///
-    /// # Errors
-    /// As [`rows`].
-    pub fn open(path: &Path) -> Result<AnsweredMessages> {
+    fn open(path: &Path) -> Result<AnsweredMessages> {
         let mut ids = BTreeSet::new();
         for row in messages(path)? {
             if let Ok(mut message) = row?.content
@@ -41,29 +39,11 @@ impl AnsweredMessages {
     }
 }
 
-impl OasstMessage {
-    /// The messages of a flat export (`message_id`, `parent_id`, `text`), or the trees of a tree
-    /// export (`prompt` with `text` and `replies`).
-    ///
-    /// # Errors
-    /// As [`rows`].
-    pub fn open(
-        path: &Path,
-        answered: AnsweredMessages,
-    ) -> Result<impl Iterator<Item = Result<Row<OasstMessage>>> + use<>> {
-        let rows = messages(path)?;
-        Ok(rows.map(move |row| Ok(row?.read(|message| read(message, &answered)))))
-    }
-}
-
 fn messages(path: &Path) -> Result<super::Rows> {
     rows(path, if is_parquet(path) { &COLUMNS } else { &[] })
 }
 
-fn read(
-    mut message: Value,
-    answered: &AnsweredMessages,
-) -> std::result::Result<OasstMessage, Fault> {
+fn read(mut message: Value, answered: &AnsweredMessages) -> std::result::Result<Offer, Fault> {
     match message.take("prompt") {
         Value::Absent => read_flat(message, answered),
         tree @ Value::Object(_) => read_tree(tree),
@@ -71,28 +51,25 @@ fn read(
     }
 }
 
-fn read_flat(
-    mut message: Value,
-    answered: &AnsweredMessages,
-) -> std::result::Result<OasstMessage, Fault> {
+fn read_flat(mut message: Value, answered: &AnsweredMessages) -> std::result::Result<Offer, Fault> {
     let id = message.take_text("message_id")?;
     let text = message.take_text("text")?;
     Ok(if message.take_optional_text("parent_id")?.is_some() {
-        OasstMessage::Unfit(DropReason::NotARoot)
+        Offer::unfit(DropReason::NotARoot, text)
     } else if !answered.ids.contains(&id_fingerprint(&id)) {
-        OasstMessage::Unfit(DropReason::NoReply)
+        Offer::unfit(DropReason::NoReply, text)
     } else {
-        OasstMessage::Prompt(text)
+        Offer::prompt(Source::Oasst1, text)
     })
 }
 
-fn read_tree(mut prompt: Value) -> std::result::Result<OasstMessage, Fault> {
+fn read_tree(mut prompt: Value) -> std::result::Result<Offer, Fault> {
     let text =
         prompt.take_text("text").map_err(|fault| Fault(format!("the prompt {}", fault.0)))?;
     match prompt.take("replies") {
-        Value::List { len: 1.., .. } => Ok(OasstMessage::Prompt(text)),
+        Value::List { len: 1.., .. } => Ok(Offer::prompt(Source::Oasst1, text)),
         Value::List { .. } | Value::Absent | Value::Null => {
-            Ok(OasstMessage::Unfit(DropReason::NoReply))
+            Ok(Offer::unfit(DropReason::NoReply, text))
         }
         other => Err(Fault(format!("`replies` is {}, not a list", other.kind()))),
     }

@@ -31,6 +31,16 @@ impl Stratum {
         }
     }
 
+    /// The name in reports.
+    pub(crate) fn reported_name(self) -> &'static str {
+        match self {
+            Stratum::Niv => "openorca/niv",
+            Stratum::Flan => "openorca/flan",
+            Stratum::T0 => "openorca/t0",
+            Stratum::Cot => "openorca/cot",
+        }
+    }
+
     /// The first stratum whose name is a part of the id.
     pub fn of_id(id: &str) -> Option<Stratum> {
         Stratum::ALL.into_iter().find(|stratum| id.contains(stratum.name()))

@@ -2,9 +2,7 @@ use std::fs::File;
 use std::path::Path;
 
 use dromedary_prompt_cleaning::Lists;
-use dromedary_prompt_cleaning::sources::{
-    AnsweredMessages, DollyPrompt, OasstMessage, OpenOrcaQuestion, Row, ShareGptOpening, Stratum,
-};
+use dromedary_prompt_cleaning::sources::{self, Offer, Offers, OpenOrcaQuestion, Row, Stratum};
 use dromedary_prompt_cleaning::{DropReason, Error, Result};
 use polars::prelude::*;
 use serde_json::json;
@@ -26,12 +24,31 @@ fn openorca(path: &Path) -> Vec<std::result::Result<OpenOrcaQuestion, String>> {
     all(OpenOrcaQuestion::open(path).unwrap())
 }
 
-fn sharegpt(path: &Path) -> Vec<std::result::Result<ShareGptOpening, String>> {
-    all(ShareGptOpening::open(path).unwrap())
+/// The text of a prompt, or why there is none; a fault as its text.
+type Offered = std::result::Result<std::result::Result<String, DropReason>, String>;
+
+fn offered(offers: Result<Offers>) -> Vec<Offered> {
+    let text = |offer| match offer {
+        Offer::Draft(draft) => Ok(draft.instruction),
+        Offer::Unfit { reason, .. } => Err(reason),
+    };
+    all(offers.unwrap()).into_iter().map(|row| row.map(text)).collect()
 }
 
-fn oasst(path: &Path) -> Vec<std::result::Result<OasstMessage, String>> {
-    all(OasstMessage::open(path, AnsweredMessages::open(path).unwrap()).unwrap())
+fn prompt(text: &str) -> Offered {
+    Ok(Ok(text.to_owned()))
+}
+
+fn unfit(reason: DropReason) -> Offered {
+    Ok(Err(reason))
+}
+
+fn sharegpt(path: &Path) -> Vec<Offered> {
+    offered(sources::sharegpt(path))
+}
+
+fn oasst(path: &Path) -> Vec<Offered> {
+    offered(sources::oasst(path))
 }
 
 fn write_parquet(path: &Path, row_group_size: usize, columns: Vec<Column>) {
@@ -152,8 +169,6 @@ fn sharegpt_turns_under_value_and_markdown() {
         ])
         .to_string(),
     );
-    let prompt = |text: &str| Ok(ShareGptOpening::Prompt(text.to_owned()));
-    let unfit = |reason| Ok(ShareGptOpening::Unfit(reason));
     let fault = |text: &str| Err(text.to_owned());
     assert_eq!(
         sharegpt(&path),
@@ -197,11 +212,7 @@ fn sharegpt_from_nested_parquet() {
     write_parquet(&path, 2, columns);
     assert_eq!(
         sharegpt(&path),
-        [
-            Ok(ShareGptOpening::Prompt("**one**".to_owned())),
-            Ok(ShareGptOpening::Unfit(DropReason::NotHumanFirst)),
-            Ok(ShareGptOpening::Unfit(DropReason::SingleTurn)),
-        ]
+        [prompt("**one**"), unfit(DropReason::NotHumanFirst), unfit(DropReason::SingleTurn),]
     );
 }
 
@@ -212,11 +223,10 @@ fn sharegpt_between_the_marks_of_a_text() {
         ["<human>: one \u{1c}<bot>: a <human>: two", "<human>: no answer", "<bot>: hello", "plain"];
     let rows = texts.map(|text| json!({"text": text}));
     let path = folder.lines("s.jsonl", &rows);
-    let unfit = |reason| Ok(ShareGptOpening::Unfit(reason));
     assert_eq!(
         sharegpt(&path),
         [
-            Ok(ShareGptOpening::Prompt("one".to_owned())),
+            prompt("one"),
             unfit(DropReason::SingleTurn),
             unfit(DropReason::NotHumanFirst),
             unfit(DropReason::NotHumanFirst),
@@ -239,12 +249,12 @@ fn dolly_categories_and_contexts() {
         ],
     );
     assert_eq!(
-        all(DollyPrompt::open(&path, Lists::built_in()).unwrap()),
+        offered(sources::dolly(&path, Lists::built_in())),
         [
-            Ok(DollyPrompt::Prompt("creative_writing".to_owned())),
-            Ok(DollyPrompt::Unfit(DropReason::HasContext)),
-            Ok(DollyPrompt::Unfit(DropReason::OtherCategory)),
-            Ok(DollyPrompt::Prompt("i".to_owned())),
+            prompt("creative_writing"),
+            unfit(DropReason::HasContext),
+            unfit(DropReason::OtherCategory),
+            prompt("i"),
             Err("has no `category`".to_owned()),
         ]
     );
@@ -263,8 +273,7 @@ fn oasst_roots_with_an_answer_in_both_exports() {
             json!({"message_id": "d", "parent_id": "b", "text": "thanks"}),
         ],
     );
-    let unfit = |reason| Ok(OasstMessage::Unfit(reason));
-    let one = || Ok(OasstMessage::Prompt("one".to_owned()));
+    let one = || prompt("one");
     assert_eq!(
         oasst(&flat),
         [
@@ -346,13 +355,13 @@ fn real_samples_read_without_a_fault() {
     assert_eq!(rows.len(), 284);
     assert!(rows.iter().all(|row| row.is_ok()));
     let Some(path) = real_sample("dolly/dolly_exact_45.jsonl") else { return };
-    let rows = all(DollyPrompt::open(&path, Lists::built_in()).unwrap());
-    let prompts = rows.iter().filter(|row| matches!(row, Ok(DollyPrompt::Prompt(_)))).count();
+    let rows = offered(sources::dolly(&path, Lists::built_in()));
+    let prompts = rows.iter().filter(|row| matches!(row, Ok(Ok(_)))).count();
     assert_eq!((rows.len(), prompts), (45, 42));
     let Some(path) = real_sample("oasst1/en_100_tree.jsonl") else { return };
     assert!(oasst(&path).iter().all(|row| row.is_ok()));
     let Some(path) = real_sample("oasst1/en-validation-400.jsonl") else { return };
     let rows = oasst(&path);
     assert_eq!(rows.len(), 400);
-    assert!(rows.iter().any(|row| matches!(row, Ok(OasstMessage::Prompt(_)))));
+    assert!(rows.iter().any(|row| matches!(row, Ok(Ok(_)))));
 }

@@ -1,0 +1,305 @@
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use dromedary_records::{Prompt, RowWriter};
+use serde::{Deserialize, Serialize};
+
+use super::merge::MergeConfig;
+use crate::buckets::{KeyedBuckets, folder_of};
+use crate::explain::{Explanation, Search};
+use crate::report::{Ledger, RowName};
+use crate::selection::Selection;
+use crate::sources::{Fault, Offer};
+use crate::{
+    Cleaner, DecontaminationRule, Draft, DropReason, Dropped, Fingerprint, Judged, KeyedOrder,
+    LanguageRule, LengthRule, Lists, NearDuplicates, NotEmpty, Pipeline, Result, Rules, Sketch,
+    Sketcher, Source, TokenCounter,
+};
+
+/// What looks at one row alone, on any thread.
+pub(super) struct Judge {
+    pipeline: Pipeline,
+    sketcher: Option<Sketcher>,
+    /// Counts tokens for the report.
+    counter: Option<Arc<TokenCounter>>,
+    /// Whether a row is remembered as it was read.
+    keeps_originals: bool,
+}
+
+/// What the judge says of a row.
+pub(super) enum Verdict {
+    /// The source has no prompt in the row.
+    Unfit(Dropped, Draft),
+    /// The rules were shown the prompt.
+    Judged(Box<JudgedRow>),
+}
+
+pub(super) struct JudgedRow {
+    judged: Judged,
+    original: Option<Draft>,
+    sketch: Option<Sketch>,
+    tokens: Option<u32>,
+}
+
+impl Judge {
+    pub(super) fn open(config: &MergeConfig, lists: &Arc<Lists>) -> Result<Judge> {
+        let counter = config.judge.counter()?;
+        let optional = &config.optional;
+        let length = LengthRule {
+            counter: counter.clone(),
+            min: config.min_prompt_len,
+            max: config.judge.max_prompt_len,
+            suffix: "",
+        };
+        let languages = (!optional.languages.is_empty())
+            .then(|| LanguageRule::new(&optional.languages, lists))
+            .transpose()?;
+        let benchmarks = (!optional.decontaminate.is_empty())
+            .then(|| DecontaminationRule::open(&optional.decontaminate))
+            .transpose()?;
+        let pipeline = Pipeline::new()
+            .with(Cleaner::new(config.shared.compat.into(), lists.clone()))
+            .with(NotEmpty)
+            .with(length)
+            .with_some(languages)
+            .with_some(benchmarks);
+        let reports = config.shared.report.is_some();
+        Ok(Judge {
+            pipeline,
+            sketcher: optional.near_duplicates.map(Sketcher::new),
+            counter: reports.then_some(counter),
+            keeps_originals: reports || config.shared.explain.is_some(),
+        })
+    }
+
+    pub(super) fn judge(&self, source: Source, offer: Offer) -> Verdict {
+        let draft = match offer {
+            Offer::Draft(draft) => draft,
+            Offer::Unfit { reason, text } => {
+                return Verdict::Unfit(Dropped::plain(reason), Draft::new(source, text));
+            }
+        };
+        let original = self.keeps_originals.then(|| draft.clone());
+        let judged = self.pipeline.judge(draft);
+        let is_left = judged.dropped.is_none();
+        let whole = || judged.draft.whole();
+        let sketch = self.sketcher.as_ref().filter(|_| is_left).map(|s| s.sketch(&whole()));
+        let counter = self.counter.as_ref().filter(|_| is_left);
+        let tokens = counter.map(|counter| counter.count(&whole()) as u32);
+        Verdict::Judged(Box::new(JudgedRow { judged, original, sketch, tokens }))
+    }
+}
+
+/// Where a prompt was read.
+#[derive(Clone, Copy)]
+struct Place {
+    source: Source,
+    number: u64,
+}
+
+impl Place {
+    fn name(&self) -> RowName<'static> {
+        RowName { source: self.source.name(), number: self.number }
+    }
+}
+
+/// A clean prompt that waits on disk.
+#[derive(Serialize, Deserialize)]
+struct Waiting {
+    source: u8,
+    number: u64,
+    tokens: Option<u32>,
+    prompt: Prompt,
+}
+
+/// Compares the clean prompts, keeps the first of equal ones and chooses among the others.
+pub(super) struct Merger<'j> {
+    judge: &'j Judge,
+    rules: Rules,
+    order: KeyedOrder,
+    seen: BTreeMap<Fingerprint, Place>,
+    near: Option<(NearDuplicates, Vec<Place>)>,
+    selection: Selection,
+    keys: BTreeMap<Source, Vec<u64>>,
+    buckets: KeyedBuckets<Waiting>,
+    ledger: Ledger,
+    search: Search,
+}
+
+impl<'j> Merger<'j> {
+    pub(super) fn new(config: &MergeConfig, judge: &'j Judge) -> Result<Merger<'j>> {
+        let near = config.optional.near_duplicates;
+        let near = near.map(|threshold| {
+            let texts = NearDuplicates::new(threshold, &folder_of(&config.output_file))?;
+            Ok::<_, crate::Error>((texts, Vec::new()))
+        });
+        Ok(Merger {
+            judge,
+            rules: config.shared.compat.into(),
+            order: KeyedOrder::new(config.judge.seed),
+            seen: BTreeMap::new(),
+            near: near.transpose()?,
+            selection: config.optional.selection(),
+            keys: BTreeMap::new(),
+            buckets: KeyedBuckets::beside(&config.output_file),
+            ledger: Ledger::new(config.shared.report.is_some()),
+            search: Search::new(config.shared.explain.as_deref()),
+        })
+    }
+
+    /// The rows of a source follow.
+    pub(super) fn begin(&mut self, source: Source) {
+        self.ledger.open(source.name());
+        if self.selection.counts_prompts() {
+            self.keys.insert(source, Vec::new());
+        }
+    }
+
+    pub(super) fn admit(
+        &mut self,
+        source: Source,
+        verdict: std::result::Result<Verdict, Fault>,
+    ) -> Result<()> {
+        let place = Place { source, number: self.ledger.row(source.name()) };
+        match verdict {
+            Err(Fault(fault)) => {
+                let dropped = Dropped::with(DropReason::BadRow, fault);
+                self.leave_out_unread(place, dropped, Draft::new(source, ""));
+                Ok(())
+            }
+            Ok(Verdict::Unfit(dropped, draft)) => {
+                self.leave_out_unread(place, dropped, draft);
+                Ok(())
+            }
+            Ok(Verdict::Judged(row)) => self.admit_judged(place, *row),
+        }
+    }
+
+    fn leave_out_unread(&mut self, place: Place, dropped: Dropped, draft: Draft) {
+        if self.search.is_wanted(place.name(), [&draft]) {
+            let text = draft.instruction.clone();
+            self.search.found(Explanation::unfit(place.name(), text, dropped.clone()));
+        }
+        self.ledger.dropped(place.source.name(), place.name(), &dropped, || draft.instruction);
+    }
+
+    fn admit_judged(&mut self, place: Place, row: JudgedRow) -> Result<()> {
+        let JudgedRow { judged, original, sketch, tokens } = row;
+        let Judged { draft, edits, dropped } = judged;
+        let name = place.name();
+        if let Some(original) = &original {
+            if self.search.is_wanted(name, [original, &draft]) {
+                let pipeline = &self.judge.pipeline;
+                self.search.found(Explanation::judged(name, original.clone(), pipeline));
+            }
+        }
+        let before = || original.as_ref().map_or_else(String::new, |o| o.instruction.clone());
+        let texts = || (before(), draft.instruction.clone());
+        self.ledger.edited(place.source.name(), name, &edits, texts);
+        let prompt = draft.clone().into_prompt();
+        let fingerprint = Fingerprint::of(self.rules, &draft.whole());
+        let dropped = match dropped {
+            Some(dropped) => Some(dropped),
+            None => self.compare(place, fingerprint, sketch, &prompt)?,
+        };
+        if let Some(dropped) = dropped {
+            self.ledger.dropped(place.source.name(), name, &dropped, || prompt.instruction);
+            return Ok(());
+        }
+        let key = self.order.output_key(&fingerprint);
+        let source = place.source as u8;
+        self.buckets.push(key, &Waiting { source, number: place.number, tokens, prompt })
+    }
+
+    /// The rules that look at several prompts.
+    fn compare(
+        &mut self,
+        place: Place,
+        fingerprint: Fingerprint,
+        sketch: Option<Sketch>,
+        prompt: &Prompt,
+    ) -> Result<Option<Dropped>> {
+        let equal = self.equal(place, fingerprint);
+        self.search.step(place.name(), "duplicates", equal.clone());
+        if equal.is_some() {
+            return Ok(equal);
+        }
+        if let Some(sketch) = sketch {
+            let similar = self.similar(place, sketch)?;
+            self.search.step(place.name(), "near-duplicates", similar.clone());
+            if similar.is_some() {
+                return Ok(similar);
+            }
+        }
+        let key = self.order.choice_key(&prompt.id);
+        if self.selection.sample.is_some() {
+            let left_out = self.selection.sample(key);
+            self.search.step(place.name(), "sample", left_out.clone());
+            if left_out.is_some() {
+                return Ok(left_out);
+            }
+        }
+        if let Some(keys) = self.keys.get_mut(&place.source) {
+            keys.push(key);
+        }
+        Ok(None)
+    }
+
+    fn equal(&mut self, place: Place, fingerprint: Fingerprint) -> Option<Dropped> {
+        let first = *self.seen.entry(fingerprint).or_insert(place);
+        let is_first = (first.source, first.number) == (place.source, place.number);
+        (!is_first).then(|| Dropped::with(DropReason::Duplicate, format!("of {}", first.name())))
+    }
+
+    fn similar(&mut self, place: Place, sketch: Sketch) -> Result<Option<Dropped>> {
+        let Some((texts, places)) = &mut self.near else {
+            return Ok(None);
+        };
+        Ok(match texts.admit(sketch)? {
+            None => {
+                places.push(place);
+                None
+            }
+            Some(found) => {
+                let (similarity, other) = (found.similarity, places[found.index].name());
+                let detail = format!("{similarity:.2} like {other}");
+                Some(Dropped::with(DropReason::NearDuplicate, detail))
+            }
+        })
+    }
+
+    /// Writes what the caps and the mix leave.
+    pub(super) fn write(mut self, writer: &mut RowWriter) -> Result<(Ledger, Search)> {
+        let limited = self.selection.counts_prompts();
+        let limits = self.selection.limits(std::mem::take(&mut self.keys));
+        for waiting in self.buckets.into_ordered() {
+            let Waiting { source, number, tokens, prompt } = waiting?;
+            let place = Place { source: Source::ALL[usize::from(source)], number };
+            let dropped = limits.check(place.source, self.order.choice_key(&prompt.id));
+            if limited {
+                self.search.step(place.name(), "cap and mix", dropped.clone());
+            }
+            match dropped {
+                Some(dropped) => {
+                    let text = || prompt.instruction;
+                    self.ledger.dropped(place.source.name(), place.name(), &dropped, text);
+                }
+                None => {
+                    self.ledger.kept(place.source.name(), tokens);
+                    writer.write(&prompt)?;
+                }
+            }
+        }
+        Ok((self.ledger, self.search))
+    }
+}
+
+impl MergeConfig {
+    /// The files that are read besides the rows.
+    pub(super) fn references(&self) -> Vec<PathBuf> {
+        let mut files = self.judge.files();
+        files.extend(self.optional.decontaminate.iter().cloned());
+        files
+    }
+}
