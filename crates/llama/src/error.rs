@@ -167,14 +167,6 @@ pub enum Error {
         /// Rows of the model's embedding.
         vocab_size: i64,
     },
-    /// A device was asked for that is none, or that is not there.
-    #[error("--device {name}: give auto, cpu, cuda or cuda:N; libtorch sees {visible} GPUs here")]
-    Device {
-        /// What was asked for.
-        name: String,
-        /// GPUs that libtorch sees.
-        visible: usize,
-    },
     /// A kind of numbers was asked for that weights cannot be held in.
     #[error("--dtype {name}: give auto, f32, bf16 or f16")]
     KindName {

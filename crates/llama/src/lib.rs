@@ -29,12 +29,12 @@ mod checkpoint;
 #[cfg(feature = "cli")]
 pub mod cli;
 mod config;
-mod device;
 mod error;
 mod footprint;
 pub mod generation;
 mod gradients;
 mod heads;
+mod kind;
 pub mod kv_cache;
 mod linear;
 mod merge;
@@ -50,10 +50,10 @@ pub use checkpoint::{
     Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_SIZE, Dtype, ReadCounters, TensorSpec,
 };
 pub use config::{LlamaConfig, RopeScaling, check_tokenizer, eos_token_ids};
-pub use device::{select_device, select_kind};
 pub use error::{Error, Result, TensorProblems};
 pub use footprint::{Footprint, Slowest};
 pub use gradients::{global_norm, sum_gradients};
+pub use kind::select_kind;
 pub use linear::{Linear, Lora, Parallel, Part, Weight};
 pub use merge::{MergeOptions, MergeReport, merge};
 pub use model::{AttendInLayer, Llama, LoadOptions};

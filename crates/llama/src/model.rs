@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use dromedary_parallel::Communicator;
+use dromedary_parallel::{Communicator, fault_point};
 use tch::{Device, Kind, Tensor};
 
 use crate::{
@@ -278,6 +278,7 @@ impl Llama {
         let rotary_at = self.rotary_at(positions)?;
         let mut x = x.f_to_kind(Kind::Float)?;
         for (index, layer) in self.layers.iter().enumerate() {
+            fault_point("layer", index)?;
             let mut attend = |q: &Tensor, k: &Tensor, v: &Tensor| attend(index, q, k, v);
             let partial = block::attention_partial(layer, &x, &rotary_at, &mut attend)?;
             x = &x + all_reduced(partial, comm)?;

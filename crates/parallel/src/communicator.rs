@@ -2,17 +2,23 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use tch::Tensor;
 
 use crate::{Error, Result};
 
+/// What one rank tells another; see [`Communicator::send`].
+pub type Message = [u64; 2];
+
 /// A group of ranks that work as one.
 ///
-/// Every method but [`rank`](Self::rank), [`world_size`](Self::world_size) and the two that abort
-/// is a collective: **every rank of the group must call it, in the same order**, with tensors of
-/// the same kind and shape where nothing else is said. Tensors may live on any device and have any
-/// layout; those that are not dense host tensors are staged through host memory.
+/// What is said to be a collective must be called by **every rank of the group, in the same
+/// order**, with tensors of the same kind and shape where nothing else is said. Tensors may live on
+/// any device and have any layout; those that are not dense host tensors are staged through host
+/// memory. What is not is [`rank`](Self::rank), [`world_size`](Self::world_size), messages from one
+/// rank to another, the clock, and the two that abort.
 ///
 /// Tensors that are changed must not be results of a recorded graph ([`Error::Recorded`]).
 pub trait Communicator: Send {
@@ -68,11 +74,52 @@ pub trait Communicator: Send {
     /// A rank that is gone.
     fn barrier(&self) -> Result<()>;
 
+    /// Returns when every rank has called it, however long the last one takes: the wait at the end
+    /// of a job whose groups end at different times. It sleeps between looks, so that the others
+    /// have the cores, and has no deadline. A collective.
+    ///
+    /// # Errors
+    /// A rank that is gone.
+    fn wait_for_all(&self) -> Result<()>;
+
     /// The group of the ranks that gave the same `color`, numbered by `key`, ties by rank here.
     ///
     /// # Errors
     /// A rank that is gone.
     fn split(&self, color: usize, key: usize) -> Result<Box<dyn Communicator>>;
+
+    /// Sends a message to another rank, and does not wait until that rank asks for it. Messages
+    /// between two ranks arrive in the order in which they were sent, beside all collectives.
+    ///
+    /// # Errors
+    /// `to` is no other rank of the group.
+    fn send(&self, to: usize, message: Message) -> Result<()>;
+
+    /// The next message of another rank, if one has arrived; does not wait.
+    ///
+    /// # Errors
+    /// `from` is no other rank of the group, or it is gone.
+    fn try_receive(&self, from: usize) -> Result<Option<Message>>;
+
+    /// The next message of another rank; waits for it.
+    ///
+    /// # Errors
+    /// `from` is no other rank of the group, or it is gone.
+    fn receive(&self, from: usize) -> Result<Message> {
+        loop {
+            match self.try_receive(from)? {
+                Some(message) => return Ok(message),
+                // Whoever is waited for may need this core.
+                None => thread::sleep(Duration::from_micros(200)),
+            }
+        }
+    }
+
+    /// Seconds that this process has spent in collectives so far, in those of all groups, where
+    /// somebody counts: in what [`launch`](crate::launch) gives, and in [`Guarded`](crate::Guarded).
+    fn collective_seconds(&self) -> f64 {
+        0.0
+    }
 
     /// A way to end all ranks from any thread.
     fn abort_handle(&self) -> AbortHandle;
@@ -130,6 +177,57 @@ pub fn check_agreement(group: &dyn Communicator, what: &str, value: &str) -> Res
             got: text(&values[rank]),
         }),
     }
+}
+
+/// Checks that all ranks hold the same values, such as their settings one by one.
+///
+/// Every rank of the group must call this with the same names in the same order.
+///
+/// # Errors
+/// [`Error::Disagreement`] on every rank, with both values of the first that differs.
+pub fn check_agreements(group: &dyn Communicator, values: &[(String, String)]) -> Result<()> {
+    let lengths = values.iter().flat_map(|(_, value)| (value.len() as u64).to_le_bytes());
+    let mut own: Vec<u8> = lengths.collect();
+    own.extend(values.iter().flat_map(|(_, value)| value.bytes()));
+    let all = group.all_gather_bytes(&own)?;
+    let Some(rank) = all.iter().position(|other| *other != all[0]) else { return Ok(()) };
+    let [first, other] = [&all[0], &all[rank]].map(|bytes| split_values(bytes, values.len()));
+    let differing = first.iter().zip(&other).zip(values).find(|((first, other), _)| first != other);
+    match differing {
+        Some(((first, other), (what, _))) => Err(Error::Disagreement {
+            what: what.clone(),
+            expected: first.clone(),
+            rank,
+            got: other.clone(),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// What `check_agreements` has put together.
+fn split_values(bytes: &[u8], count: usize) -> Vec<String> {
+    let (lengths, mut rest) = bytes.split_at((count * size_of::<u64>()).min(bytes.len()));
+    let (lengths, _) = lengths.as_chunks();
+    let mut next = |length: &[u8; 8]| {
+        let length = usize::try_from(u64::from_le_bytes(*length)).unwrap_or(usize::MAX);
+        let (value, tail) = rest.split_at(length.min(rest.len()));
+        rest = tail;
+        String::from_utf8_lossy(value).into_owned()
+    };
+    lengths.iter().map(&mut next).collect()
+}
+
+/// Messages go to another rank of the group.
+pub(crate) fn check_peer(
+    operation: &'static str,
+    own: usize,
+    peer: usize,
+    world_size: usize,
+) -> Result<()> {
+    if peer < world_size && peer != own {
+        return Ok(());
+    }
+    Err(Error::Peer { operation, peer, rank: own, world_size })
 }
 
 pub(crate) fn check_root(operation: &'static str, root: usize, world_size: usize) -> Result<()> {

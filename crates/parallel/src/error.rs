@@ -54,6 +54,26 @@ pub enum Error {
         /// The number of ranks.
         world_size: usize,
     },
+    /// A message to or from a rank that is not there, or to oneself.
+    #[error("{operation}: rank {peer} is no other one of {world_size} ranks for rank {rank}")]
+    Peer {
+        /// Sending or receiving.
+        operation: &'static str,
+        /// The rank that was named.
+        peer: usize,
+        /// This rank.
+        rank: usize,
+        /// The number of ranks.
+        world_size: usize,
+    },
+    /// The first rank of a group told it something else than a range of rows.
+    #[error(
+        "rows of the shared queue: {bytes} bytes are no range, do all ranks of the group take?"
+    )]
+    Range {
+        /// Bytes that came.
+        bytes: usize,
+    },
     /// A color or key of a split that MPI cannot hold.
     #[error("split: {value} is above 2^31 - 1")]
     SplitNumber {
@@ -103,6 +123,56 @@ pub enum Error {
         name: &'static str,
         /// Its value.
         value: String,
+    },
+    /// The variable that asks for a fault on purpose asks for none that there is.
+    #[error(
+        "environment variable DROMEDARY_FAULT is `{value}`: give rank=N,point=NAME[N] and, after \
+         another comma, how=panic, error, kill, stop or hang"
+    )]
+    FaultSetting {
+        /// Its value.
+        value: String,
+    },
+    /// A fault on purpose, asked for by `DROMEDARY_FAULT`.
+    #[error("fault on purpose at {point}")]
+    Fault {
+        /// Where.
+        point: String,
+    },
+    /// A device was asked for that is none, or that is not there.
+    #[error(
+        "--device {name}: give auto, cpu, cuda or cuda:N; libtorch sees {visible} GPUs here{reason}"
+    )]
+    Device {
+        /// What was asked for.
+        name: String,
+        /// GPUs that libtorch sees.
+        visible: usize,
+        /// What the driver says to it, with a separator; empty where it agrees.
+        reason: String,
+    },
+    /// The NVIDIA driver could not say which GPU a number means.
+    #[error("cannot identify GPU {ordinal}: {message}")]
+    Driver {
+        /// Number of the GPU among those that this process sees.
+        ordinal: usize,
+        /// What is missing, or the driver's own code.
+        message: String,
+    },
+    /// Two ranks would compute on one GPU.
+    #[error(
+        "ranks {first} and {second} both compute on GPU {uuid} of {host}: start one rank for each \
+         GPU, or show each rank its own"
+    )]
+    SharedDevice {
+        /// One rank.
+        first: usize,
+        /// The other.
+        second: usize,
+        /// The GPU.
+        uuid: String,
+        /// Name of the machine.
+        host: String,
     },
     /// The watchdog could not be started.
     #[error("cannot start the watchdog of collectives: {source}")]

@@ -2,12 +2,14 @@
 
 use std::fmt;
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use tch::Tensor;
 
+use crate::communicator::Message;
 use crate::roll_call::RollCall;
 use crate::stderr::say;
 use crate::{AbortHandle, Communicator, Error, Result};
@@ -47,8 +49,9 @@ impl Guarded {
         collective: impl FnOnce(&dyn Communicator) -> Result<T>,
     ) -> Result<T> {
         self.watchdog.arm(operation);
+        let begin = Instant::now();
         let result = collective(self.inner.as_ref());
-        self.watchdog.disarm();
+        self.watchdog.disarm(begin.elapsed());
         result
     }
 }
@@ -99,6 +102,27 @@ impl Communicator for Guarded {
         self.watched("barrier", |inner| inner.barrier())
     }
 
+    /// Not watched: groups end when they have no more work, hours after each other perhaps.
+    fn wait_for_all(&self) -> Result<()> {
+        self.inner.wait_for_all()
+    }
+
+    fn send(&self, to: usize, message: Message) -> Result<()> {
+        self.inner.send(to, message)
+    }
+
+    fn try_receive(&self, from: usize) -> Result<Option<Message>> {
+        self.inner.try_receive(from)
+    }
+
+    fn receive(&self, from: usize) -> Result<Message> {
+        self.watched("receive", |inner| inner.receive(from))
+    }
+
+    fn collective_seconds(&self) -> f64 {
+        Duration::from_nanos(self.watchdog.shared.nanoseconds.load(Ordering::Relaxed)).as_secs_f64()
+    }
+
     fn split(&self, color: usize, key: usize) -> Result<Box<dyn Communicator>> {
         let inner = self.watched("split", |inner| inner.split(color, key))?;
         Ok(Box::new(Guarded { watchdog: Arc::clone(&self.watchdog), inner }))
@@ -122,6 +146,8 @@ struct Shared {
     roll_call: Option<RollCall>,
     state: Mutex<State>,
     closed: Condvar,
+    /// Time in collectives so far.
+    nanoseconds: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -141,7 +167,8 @@ impl Watchdog {
         end: AbortHandle,
     ) -> io::Result<Self> {
         let (state, closed) = (Mutex::default(), Condvar::new());
-        let shared = Arc::new(Shared { name, limit, roll_call, state, closed });
+        let nanoseconds = AtomicU64::default();
+        let shared = Arc::new(Shared { name, limit, roll_call, state, closed, nanoseconds });
         let watched = Arc::clone(&shared);
         thread::Builder::new()
             .name("watchdog".to_owned())
@@ -160,8 +187,10 @@ impl Watchdog {
         }
     }
 
-    fn disarm(&self) {
+    fn disarm(&self, passed: Duration) {
         self.shared.state().inside = None;
+        let passed = u64::try_from(passed.as_nanos()).unwrap_or(u64::MAX);
+        self.shared.nanoseconds.fetch_add(passed, Ordering::Relaxed);
     }
 }
 

@@ -1,8 +1,14 @@
-//! Dense host copies of tensors, which is what ranks exchange.
+//! The machine of a rank: its name, and dense copies of tensors in its memory, which is what ranks
+//! exchange.
 
 use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
+
+/// The name that tells whether two ranks share a machine.
+pub(crate) fn name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
 
 /// The kind in which tensors of `kind` are summed: neither MPI nor a sum of many terms is at home
 /// in 16 bits.

@@ -9,7 +9,7 @@ use mpi::environment::Universe;
 
 use crate::environment::{self, Started};
 use crate::mpi_communicator::end_job;
-use crate::{Communicator, Error, Guarded, Mpi, Result, SingleProcess};
+use crate::{Communicator, Error, Guarded, Mpi, Result, SingleProcess, fault, host};
 
 /// Exit code of a job that a panic ended: the one of a Rust program alone.
 const EXIT_PANIC: i32 = 101;
@@ -49,6 +49,7 @@ pub fn launch() -> Result<Launch> {
     let variable = |name: &str| std::env::var(name).ok();
     match environment::started(variable)? {
         Started::Alone => {
+            fault::arm(0, variable)?;
             Ok(Launch { world: Box::new(SingleProcess), local_rank: 0, universe: None })
         }
         Started::Together { tasks } => {
@@ -70,6 +71,7 @@ fn join(tasks: Option<usize>, limit: Duration) -> Result<Launch> {
         return Err(Error::Singleton { expected, got });
     }
     end_job_on_panic(rank);
+    fault::arm(rank, |name| std::env::var(name).ok())?;
     let world = Guarded::new(Box::new(world), limit)?;
     let local_rank = local_rank(&world)?;
     tracing::debug!(rank, world_size = got, local_rank, "joined");
@@ -88,9 +90,9 @@ fn end_job_on_panic(rank: usize) {
 
 /// Number of lower ranks on the same node.
 fn local_rank(world: &dyn Communicator) -> Result<usize> {
-    let node = rustix::system::uname().nodename().to_bytes().to_vec();
-    let nodes = world.all_gather_bytes(&node)?;
-    Ok(nodes.iter().take(world.rank()).filter(|other| **other == node).count())
+    let host = host::name();
+    let hosts = world.all_gather_bytes(host.as_bytes())?;
+    Ok(hosts.iter().take(world.rank()).filter(|other| **other == *host.as_bytes()).count())
 }
 
 impl Launch {
@@ -136,12 +138,13 @@ impl Launch {
         }
     }
 
-    /// Leaves the job when all ranks have come to this point. Every rank must call this.
+    /// Leaves the job when all ranks have come to this point, however far apart they do. Every rank
+    /// must call this.
     ///
     /// # Errors
     /// A rank is gone.
     pub fn finish(mut self) -> Result<()> {
-        self.world.barrier()?;
+        self.world.wait_for_all()?;
         // From here on dropping is no failure, and leaves MPI.
         drop(self.universe.take());
         Ok(())

@@ -4,7 +4,7 @@
 //! implementations, which pass the same test: [`SingleProcess`], [`threads`] (the ranks of a test,
 //! in one process) and [`Mpi`]. [`launch`] finds out how the process was started and gives it the
 //! right one, inside [`Guarded`], which ends a job that waits for ever. [`ParallelDims`] lays the
-//! ranks out as replicas of tensor-parallel groups.
+//! ranks out as replicas of tensor-parallel groups, and [`WorkQueue`] deals rows out to them.
 //!
 //! One rank that fails ends all: a panic, an error that [`Launch::run`] sees, a rank that does not
 //! come to a collective. Nothing is left behind.
@@ -24,9 +24,12 @@
 //! ```
 
 mod communicator;
+mod cuda_driver;
+mod device;
 mod dims;
 mod environment;
 mod error;
+mod fault;
 mod guarded;
 mod host;
 mod launch;
@@ -36,12 +39,16 @@ mod roll_call;
 mod single;
 mod stderr;
 mod threads;
+mod work_queue;
 
-pub use communicator::{AbortHandle, Communicator, check_agreement};
+pub use communicator::{AbortHandle, Communicator, Message, check_agreement, check_agreements};
+pub use device::select_device;
 pub use dims::ParallelDims;
 pub use error::{Error, Result};
+pub use fault::fault_point;
 pub use guarded::Guarded;
 pub use launch::{Launch, launch};
 pub use mpi_communicator::Mpi;
 pub use single::SingleProcess;
 pub use threads::{ThreadCommunicator, threads};
+pub use work_queue::WorkQueue;

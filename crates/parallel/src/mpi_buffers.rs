@@ -2,10 +2,13 @@
 
 use std::ffi::{c_char, c_int, c_void};
 use std::slice;
+use std::thread;
+use std::time::Duration;
 
 use mpi::ffi;
 use tch::{Kind, Tensor};
 
+use crate::communicator::Message;
 use crate::{Error, Result, host};
 
 unsafe extern "C" {
@@ -15,6 +18,12 @@ unsafe extern "C" {
 /// One call on 64 MiB takes twice as long as calls on 4 to 16 MiB, which also keeps every count
 /// far below the 2^31 that MPI can say.
 const CHUNK_BYTES: usize = 8 << 20;
+
+/// Tag of messages from one rank to another.
+const MESSAGE: c_int = 1;
+
+/// Pause between two looks at a barrier that may take hours.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// How elements of several ranks become one.
 #[derive(Debug, Clone, Copy)]
@@ -69,6 +78,61 @@ impl Group {
     pub(crate) fn barrier(self) -> Result<()> {
         // SAFETY: a live communicator.
         check("barrier", unsafe { ffi::MPI_Barrier(self.raw()) })
+    }
+
+    /// A barrier that sleeps while it waits; MPI's own keeps a core busy.
+    pub(crate) fn patient_barrier(self) -> Result<()> {
+        const OPERATION: &str = "wait_for_all";
+        // SAFETY: reading MPI's own constant.
+        let mut request = unsafe { ffi::RSMPI_REQUEST_NULL };
+        // SAFETY: a live communicator and a place for one handle, which outlives the request: the
+        // loop below ends when MPI has completed it.
+        check(OPERATION, unsafe { ffi::MPI_Ibarrier(self.raw(), &mut request) })?;
+        loop {
+            let mut done = 0;
+            // SAFETY: the request that MPI has just made, a place for one int, and MPI's own
+            // constant for a status that nobody reads.
+            let code = unsafe { ffi::MPI_Test(&mut request, &mut done, ffi::RSMPI_STATUS_IGNORE) };
+            check(OPERATION, code)?;
+            if done != 0 {
+                return Ok(());
+            }
+            thread::sleep(LOOK);
+        }
+    }
+
+    /// So short a message is on its way when MPI returns, wherever the receiver is.
+    pub(crate) fn send(self, operation: &'static str, to: usize, message: Message) -> Result<()> {
+        let (place, count) = (message.as_ptr().cast(), message.len() as c_int);
+        // SAFETY: `message` holds `count` numbers for the whole of the call.
+        let code = unsafe {
+            ffi::MPI_Send(place, count, ffi::RSMPI_UINT64_T, to as c_int, MESSAGE, self.raw())
+        };
+        check(operation, code)
+    }
+
+    /// Whether a message of `from` has arrived.
+    pub(crate) fn has_message(self, operation: &'static str, from: usize) -> Result<bool> {
+        let mut found = 0;
+        // SAFETY: a live communicator, a place for one int, and a status that nobody reads.
+        let code = unsafe {
+            let ignore = ffi::RSMPI_STATUS_IGNORE;
+            ffi::MPI_Iprobe(from as c_int, MESSAGE, self.raw(), &mut found, ignore)
+        };
+        check(operation, code).map(|()| found != 0)
+    }
+
+    /// The next message of `from`; waits for it.
+    pub(crate) fn receive(self, operation: &'static str, from: usize) -> Result<Message> {
+        let mut message = Message::default();
+        let count = message.len() as c_int;
+        // SAFETY: `message` has room for `count` numbers, which is what is sent with this tag.
+        let code = unsafe {
+            let (place, kind) = (message.as_mut_ptr().cast(), ffi::RSMPI_UINT64_T);
+            let ignore = ffi::RSMPI_STATUS_IGNORE;
+            ffi::MPI_Recv(place, count, kind, from as c_int, MESSAGE, self.raw(), ignore)
+        };
+        check(operation, code).map(|()| message)
     }
 
     pub(crate) fn split(self, color: c_int, key: c_int) -> Result<Self> {

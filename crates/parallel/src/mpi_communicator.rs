@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tch::Tensor;
 
-use crate::communicator::check_root;
+use crate::communicator::{Message, check_peer, check_root};
 use crate::mpi_buffers::{self, Group, Reduction};
 use crate::stderr::say;
 use crate::{AbortHandle, Communicator, Error, Result, host};
@@ -22,6 +22,10 @@ pub struct Mpi {
     rank: usize,
     world_size: usize,
 }
+
+/// MPI looks at the network only while somebody asks, and answers from what it saw the time before:
+/// a message that has arrived over TCP is found by the second or third look.
+const LOOKS: usize = 8;
 
 /// How ranks that gather rows tell each other what they bring: their number of rows, then the
 /// description of a row, filled up with spaces.
@@ -137,6 +141,26 @@ impl Communicator for Mpi {
 
     fn barrier(&self) -> Result<()> {
         self.group.barrier()
+    }
+
+    fn wait_for_all(&self) -> Result<()> {
+        self.group.patient_barrier()
+    }
+
+    fn send(&self, to: usize, message: Message) -> Result<()> {
+        check_peer("send", self.rank, to, self.world_size)?;
+        self.group.send("send", to, message)
+    }
+
+    fn try_receive(&self, from: usize) -> Result<Option<Message>> {
+        const OPERATION: &str = "receive";
+        check_peer(OPERATION, self.rank, from, self.world_size)?;
+        for _ in 0..LOOKS {
+            if self.group.has_message(OPERATION, from)? {
+                return self.group.receive(OPERATION, from).map(Some);
+            }
+        }
+        Ok(None)
     }
 
     fn split(&self, color: usize, key: usize) -> Result<Box<dyn Communicator>> {

@@ -1,12 +1,12 @@
 //! Ranks as threads of one process, for tests of what ranks do together.
 
 use std::cell::Cell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use tch::Tensor;
 
-use crate::communicator::check_root;
+use crate::communicator::{Message, check_peer, check_root};
 use crate::{AbortHandle, Communicator, Error, Result, host};
 
 /// `n` ranks of one job; each is moved to a thread of its own.
@@ -60,6 +60,8 @@ struct Group {
     /// Finished ones, with the number of ranks that have not looked yet.
     finished: BTreeMap<u64, (Arc<Vec<Deposit>>, usize)>,
     gone: BTreeSet<usize>,
+    /// Messages that nobody has asked for yet, by receiver and sender.
+    mail: BTreeMap<(usize, usize), VecDeque<Message>>,
 }
 
 /// What a rank brings to a collective.
@@ -241,6 +243,32 @@ impl Communicator for ThreadCommunicator {
 
     fn barrier(&self) -> Result<()> {
         self.exchange("barrier".to_owned(), Vec::new()).map(drop)
+    }
+
+    fn wait_for_all(&self) -> Result<()> {
+        self.exchange("wait_for_all".to_owned(), Vec::new()).map(drop)
+    }
+
+    fn send(&self, to: usize, message: Message) -> Result<()> {
+        check_peer("send", self.rank, to, self.world_size)?;
+        let group = &mut self.job.state().groups[self.group];
+        group.mail.entry((to, self.rank)).or_default().push_back(message);
+        Ok(())
+    }
+
+    fn try_receive(&self, from: usize) -> Result<Option<Message>> {
+        const OPERATION: &str = "receive";
+        check_peer(OPERATION, self.rank, from, self.world_size)?;
+        let mut state = self.job.state();
+        if let Some(message) = &state.aborted {
+            return Err(Error::Aborted { message: message.clone() });
+        }
+        let group = &mut state.groups[self.group];
+        let message = group.mail.get_mut(&(self.rank, from)).and_then(VecDeque::pop_front);
+        if message.is_none() && group.gone.contains(&from) {
+            return Err(Error::RankGone { operation: OPERATION.to_owned(), rank: from });
+        }
+        Ok(message)
     }
 
     fn split(&self, color: usize, key: usize) -> Result<Box<dyn Communicator>> {

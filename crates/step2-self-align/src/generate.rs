@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use dromedary_command::{Error as CommandError, Progress, StopFlag};
 use dromedary_llama::generation::{Engine, EngineConfig, Sampling, Statistics};
 use dromedary_llama::{
-    Checkpoint, Llama, LoadOptions, check_tokenizer, eos_token_ids, select_device, select_kind,
+    Checkpoint, Llama, LoadOptions, check_tokenizer, eos_token_ids, select_kind,
 };
-use dromedary_parallel::Communicator;
+use dromedary_parallel::{Communicator, check_agreements, select_device};
 use dromedary_records::{Prompt, read_prompts};
 use dromedary_tokenizer::Tokenizer;
 use serde::{Deserialize, Serialize};
@@ -174,6 +174,7 @@ pub fn generate(
         max_gen_len: config.max_gen_len,
         seed: config.seed,
     };
+    agree(config, &settings, comm)?;
     let mut work = Work::shared(config, &settings, comm)?;
     let mut report = GenerateReport {
         output_file: shard_path(&config.output_file, config.group_rank, config.group_size),
@@ -229,6 +230,33 @@ fn blake3_of(text: &str) -> String {
 
 fn sampling(config: SamplingConfig) -> Sampling {
     Sampling::nucleus(config.temperature, config.top_p)
+}
+
+/// Settings in which ranks may differ: where each has its files, whose contents are compared, and
+/// on what it computes.
+const OWN: [&str; 6] =
+    ["break_lock", "checkpoint", "device", "meta_prompt_file", "threads", "tokenizer"];
+
+/// Ranks with other settings or weights would write nonsense together, or wait for ever.
+///
+/// Every rank of `comm` must call this.
+fn agree(config: &GenerateConfig, settings: &Settings, comm: &dyn Communicator) -> Result<()> {
+    if comm.world_size() == 1 {
+        return Ok(());
+    }
+    let config = serde_json::to_value(config).map_err(Error::Exchange)?;
+    let settings = serde_json::to_value(settings).map_err(Error::Exchange)?;
+    let shared = config.as_object().into_iter().flatten();
+    let shared = shared.filter(|(key, _)| !OWN.contains(&key.as_str()));
+    let values: Vec<(String, String)> = settings
+        .as_object()
+        .into_iter()
+        .flatten()
+        .chain(shared)
+        .map(|(key, value)| (key.clone(), value.to_string()))
+        .chain([("version".to_owned(), env!("CARGO_PKG_VERSION").to_owned())])
+        .collect();
+    Ok(check_agreements(comm, &values)?)
 }
 
 /// What is left to do, the same on all ranks; rank 0 alone has the output.
@@ -328,7 +356,7 @@ fn load(
     comm: &dyn Communicator,
     local_rank: usize,
 ) -> Result<Llama> {
-    let device = select_device(&config.device, local_rank)?;
+    let device = select_device(&config.device, local_rank, comm)?;
     let options = LoadOptions {
         device,
         kind: select_kind(&config.dtype, device, checkpoint.dtype())?,

@@ -6,10 +6,8 @@ use dromedary_command::{Progress, StopFlag};
 use dromedary_files::{
     AtomicDir, JsonlAppender, Lock, LockOptions, Manifest, read_jsonl, write_atomic,
 };
-use dromedary_llama::{
-    Checkpoint, Llama, LoadOptions, check_tokenizer, select_device, select_kind,
-};
-use dromedary_parallel::Communicator;
+use dromedary_llama::{Checkpoint, Llama, LoadOptions, check_tokenizer, select_kind};
+use dromedary_parallel::{Communicator, select_device};
 use dromedary_tokenizer::Tokenizer;
 
 use crate::{
@@ -70,7 +68,7 @@ pub fn train(config: &TrainConfig, comm: &dyn Communicator, stop: &StopFlag) -> 
         config.warmup_ratio,
         total_steps,
     );
-    let device = select_device(&config.device, comm.rank())?;
+    let device = select_device(&config.device, comm.rank(), comm)?;
     let kind = select_kind(&config.dtype, device, base.dtype())?;
     let fingerprints = format!("{} {} {kind:?}", base.fingerprint()?, tokenizer.fingerprint());
     let config_hash = config_hash(config, &fingerprints, &examples, total_steps);

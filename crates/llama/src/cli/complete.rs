@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use dromedary_command::{Common, Error, StopFlag, init_logging, layered, print_config, required};
-use dromedary_parallel::{Communicator, Launch, check_agreement, launch};
+use dromedary_parallel::{Communicator, Launch, check_agreements, launch, select_device};
 use dromedary_tokenizer::Tokenizer;
 use serde::{Deserialize, Serialize};
 
@@ -17,7 +17,7 @@ use super::SUBCOMMANDS;
 use crate::{
     Checkpoint, Llama, LoadOptions, check_tokenizer, eos_token_ids,
     generation::{Engine, EngineConfig, Event, Request, Sampling, Statistics},
-    select_device, select_kind,
+    select_kind,
 };
 
 /// Continue a prompt, and print the continuation alone to stdout while it is written.
@@ -160,12 +160,12 @@ fn complete(config: &CompleteConfig, launch: &Launch) -> anyhow::Result<Done> {
     let tokenizer = Tokenizer::open(&config.tokenizer)?;
     check_tokenizer(checkpoint.config(), &tokenizer)
         .with_context(|| config.tokenizer.display().to_string())?;
-    agree(config, &checkpoint, world)?;
+    agree(config, &checkpoint, &tokenizer, world)?;
     let tokens = tokenizer.encode_with_bos(&config.prompt);
     if tokens.is_empty() {
         bail!("the prompt is empty");
     }
-    let device = select_device(&config.device, launch.local_rank())?;
+    let device = select_device(&config.device, launch.local_rank(), world)?;
     let kind = select_kind(&config.dtype, device, checkpoint.dtype())?;
     let options = LoadOptions { device, kind, pack: true, tp_rank: world.rank(), tp };
     let model = Llama::load(&checkpoint, &options)?;
@@ -244,17 +244,32 @@ fn print(
     Ok(statistics)
 }
 
-/// Ranks with other settings or weights would compute nonsense together, or wait for ever.
+/// Ranks with other settings or weights would compute nonsense together, or wait for ever. Where a
+/// rank has its files and on what it computes is its own affair.
+///
+/// Every rank must call this.
 fn agree(
     config: &CompleteConfig,
     checkpoint: &Checkpoint,
+    tokenizer: &Tokenizer,
     world: &dyn Communicator,
 ) -> anyhow::Result<()> {
-    if world.world_size() > 1 {
-        check_agreement(world, "settings", &serde_json::to_string(config)?)?;
-        check_agreement(world, "checkpoint", &checkpoint.fingerprint()?)?;
+    if world.world_size() == 1 {
+        return Ok(());
     }
-    Ok(())
+    let values = [
+        ("version", env!("CARGO_PKG_VERSION").to_owned()),
+        ("the checkpoint's fingerprint", checkpoint.fingerprint()?),
+        ("the tokenizer's fingerprint", tokenizer.fingerprint().to_owned()),
+        ("the prompt", config.prompt.clone()),
+        ("max_gen_len", config.max_gen_len.to_string()),
+        ("temperature", config.temperature.to_string()),
+        ("top_p", config.top_p.to_string()),
+        ("seed", config.seed.to_string()),
+        ("stop", format!("{:?}", config.stop)),
+        ("dtype", config.dtype.clone()),
+    ];
+    Ok(check_agreements(world, &values.map(|(name, value)| (name.to_owned(), value)))?)
 }
 
 /// The threads of this process. Every rank must call this.

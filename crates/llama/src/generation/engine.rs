@@ -4,7 +4,7 @@
 
 use std::{ops::ControlFlow, time::Instant};
 
-use dromedary_parallel::Communicator;
+use dromedary_parallel::{Communicator, fault_point};
 use dromedary_tokenizer::Tokenizer;
 use tch::Tensor;
 
@@ -95,7 +95,11 @@ pub struct Engine<'a> {
     /// A row that the cache had no room for yet.
     waiting: Option<Row<'a>>,
     statistics: Statistics,
+    on_step: Option<OnStep<'a>>,
 }
+
+/// What is called once in each step.
+type OnStep<'a> = Box<dyn FnMut() -> Result<()> + 'a>;
 
 /// What a run is given by its caller.
 struct Caller<'c> {
@@ -153,8 +157,16 @@ impl<'a> Engine<'a> {
             waiting: None,
             slots: (0..config.max_batch_size).map(|_| None).collect(),
             statistics: Statistics::default(),
+            on_step: None,
             config,
         })
+    }
+
+    /// Has this called at the beginning of each step, in which rows' prompts are read or each row
+    /// gets a token: the place where ranks look after each other, such as by
+    /// [`WorkQueue::poll`](dromedary_parallel::WorkQueue::poll). It must not wait.
+    pub fn on_step(&mut self, call: impl FnMut() -> Result<()> + 'a) {
+        self.on_step = Some(Box::new(call));
     }
 
     /// Runs a prefix once; rows that begin with it, or with a part of it, take its keys and values
@@ -210,15 +222,21 @@ impl<'a> Engine<'a> {
         sink: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
     ) -> Result<Statistics> {
         self.statistics = Statistics::default();
+        let before = self.comm.collective_seconds();
         self.slots.fill_with(|| None);
         self.waiting = None;
         let mut caller = Caller { source, sink, drained: false, stop: false };
         tch::no_grad(|| self.run_rows(&mut caller))?;
+        self.statistics.collective_seconds = self.comm.collective_seconds() - before;
         Ok(self.statistics)
     }
 
     fn run_rows(&mut self, caller: &mut Caller<'_>) -> Result<()> {
         loop {
+            if let Some(on_step) = &mut self.on_step {
+                on_step()?;
+            }
+            fault_point("step", self.statistics.decode_steps as usize)?;
             let admitted = self.admit(caller);
             self.close_gaps()?;
             let started = Instant::now();

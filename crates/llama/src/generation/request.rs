@@ -95,6 +95,8 @@ pub struct Statistics {
     pub prefill_seconds: f64,
     /// Seconds in decode steps.
     pub decode_seconds: f64,
+    /// Seconds of both in which this rank waited for the others of its group, or exchanged with them.
+    pub collective_seconds: f64,
     /// Whether the receiver of the events asked to stop, on this or on another rank.
     pub stopped: bool,
 }

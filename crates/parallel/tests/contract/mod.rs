@@ -1,6 +1,8 @@
 //! What every communicator promises: one body, run by threads and by processes.
 
-use dromedary_parallel::{Communicator, Error, ParallelDims, check_agreement};
+use dromedary_parallel::{
+    Communicator, Error, ParallelDims, WorkQueue, check_agreement, check_agreements,
+};
 use tch::{Device, Kind, Tensor};
 
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
@@ -20,6 +22,8 @@ pub(crate) fn check(world: &dyn Communicator) {
     bytes(world);
     splits(world);
     grids(world);
+    messages(world);
+    queues(world);
     agreement(world);
     misuse_leaves_the_group_usable(world);
 }
@@ -184,12 +188,94 @@ fn grids(world: &dyn Communicator) {
 
 fn agreement(world: &dyn Communicator) {
     check_agreement(world, "settings", "same").unwrap();
+    let values = |seed: usize| {
+        vec![
+            ("version".to_owned(), "1".to_owned()),
+            ("seed".to_owned(), seed.to_string()),
+            ("other seed".to_owned(), seed.to_string()),
+        ]
+    };
+    check_agreements(world, &values(7)).unwrap();
+    if world.world_size() > 1 {
+        let result = check_agreements(world, &values(world.rank()));
+        let message = result.unwrap_err().to_string();
+        assert_eq!(message, "ranks disagree on seed: rank 0 has 0, rank 1 has 1");
+    }
     let result = check_agreement(world, "settings", &format!("hash {}", world.rank()));
     if world.world_size() == 1 {
         return result.unwrap();
     }
     let message = result.unwrap_err().to_string();
     assert_eq!(message, "ranks disagree on settings: rank 0 has hash 0, rank 1 has hash 1");
+}
+
+/// Around the ring, two at a time, with a collective between sending and receiving.
+fn messages(world: &dyn Communicator) {
+    let (rank, ranks) = (world.rank(), world.world_size());
+    for other in [rank, ranks] {
+        assert!(matches!(world.send(other, [0, 0]), Err(Error::Peer { .. })));
+        assert!(matches!(world.try_receive(other), Err(Error::Peer { .. })));
+        assert!(world.receive(other).is_err());
+    }
+    if ranks > 1 {
+        let (next, before) = ((rank + 1) % ranks, (rank + ranks - 1) % ranks);
+        assert_eq!(world.try_receive(before).unwrap(), None);
+        world.barrier().unwrap();
+        world.send(next, [rank as u64, u64::MAX]).unwrap();
+        world.send(next, [rank as u64, 2]).unwrap();
+        world.barrier().unwrap();
+        assert_eq!(world.receive(before).unwrap(), [before as u64, u64::MAX]);
+        assert_eq!(world.receive(before).unwrap(), [before as u64, 2]);
+        assert_eq!(world.try_receive(before).unwrap(), None);
+    }
+    world.wait_for_all().unwrap();
+}
+
+fn queues(world: &dyn Communicator) {
+    let ranks = world.world_size();
+    for tp in (1..=ranks).filter(|tp| ranks.is_multiple_of(*tp)) {
+        let dims = ParallelDims::new(ranks, tp).unwrap();
+        let group = dims.tp_group(world).unwrap();
+        for rows in [0, 1, 2, 97] {
+            // The last group leaves before it is told that nothing is left.
+            for patience in [usize::MAX, 2] {
+                let leaves = dims.dp_rank(world.rank()) + 1 == dims.dp;
+                let takes = if leaves { patience } else { usize::MAX };
+                queue(world, group.as_ref(), rows, takes);
+            }
+        }
+    }
+}
+
+/// Every row is given once, and the ranks of a group get the same ones.
+fn queue(world: &dyn Communicator, group: &dyn Communicator, rows: usize, takes: usize) {
+    let mut queue = WorkQueue::new(world, group, rows).unwrap();
+    let (mut taken, mut ended) = (Vec::new(), false);
+    for _ in 0..takes {
+        queue.poll().unwrap();
+        let block = queue.take(5).unwrap();
+        ended = block.is_empty();
+        if ended {
+            break;
+        }
+        assert!(block.len() <= 5);
+        taken.extend(block.map(|row| row as i64));
+    }
+    queue.finish().unwrap();
+    let own = Tensor::from_slice(&taken);
+    let all = Vec::<i64>::try_from(group.all_gather(&own).unwrap()).unwrap();
+    assert_eq!(all, taken.repeat(group.world_size()));
+    let all = Vec::<i64>::try_from(world.all_gather(&own).unwrap()).unwrap();
+    let mut counts = vec![0; rows];
+    all.iter().for_each(|row| counts[*row as usize] += 1);
+    let all_ended =
+        Vec::<i64>::try_from(world.all_gather(&Tensor::from(i64::from(ended))).unwrap());
+    if all_ended.unwrap().iter().all(|ended| *ended == 1) {
+        assert_eq!(counts, vec![group.world_size(); rows]);
+    } else {
+        // What the group that left had asked for ahead is lost; nothing is given twice.
+        assert!(counts.iter().all(|count| [0, group.world_size()].contains(count)), "{counts:?}");
+    }
 }
 
 fn misuse_leaves_the_group_usable(world: &dyn Communicator) {

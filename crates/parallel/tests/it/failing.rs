@@ -2,7 +2,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, kill_process};
 
-use crate::job::{Job, alone, mpirun};
+use crate::job::Job;
+use crate::program::{alone, mpirun};
 
 /// How soon a job ends once a rank has failed; the control is given as long and still hangs.
 const SOON: Duration = Duration::from_secs(10);

@@ -1,3 +1,4 @@
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -8,8 +9,6 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
-
-pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_parallel-ranks");
 
 /// Time for mpirun to start, which on a busy machine is most of a job's.
 const START: Duration = Duration::from_secs(120);
@@ -23,6 +22,8 @@ pub(crate) struct Job {
     lines: Receiver<String>,
     /// What the ranks have said so far.
     pub(crate) said: Vec<String>,
+    /// The launcher's children that have been seen.
+    ranks: BTreeSet<i32>,
     /// Shared memory of the ranks, which stays behind where they are killed.
     _memory: TempDir,
     _alone: MutexGuard<'static, ()>,
@@ -46,22 +47,15 @@ fn without_launcher(command: &mut Command) {
     }
 }
 
-/// `mpirun -n RANKS parallel-ranks WORD`.
-pub(crate) fn mpirun(ranks: usize, word: &str, variables: &[(&str, &str)]) -> Job {
+/// `mpirun`, to be given its programs.
+pub(crate) fn mpirun() -> Command {
     let mut command = Command::new("mpirun");
-    command.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n"]);
-    command.arg(ranks.to_string()).arg(PROGRAM).arg(word);
-    start(command, variables)
+    command.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]);
+    command
 }
 
-/// The program by itself.
-pub(crate) fn alone(word: &str, variables: &[(&str, &str)]) -> Job {
-    let mut command = Command::new(PROGRAM);
-    command.arg(word);
-    start(command, variables)
-}
-
-fn start(mut command: Command, variables: &[(&str, &str)]) -> Job {
+/// Starts a launcher, or a program by itself.
+pub(crate) fn start(mut command: Command, variables: &[(&str, &str)]) -> Job {
     let alone = ONE_JOB.lock().unwrap_or_else(PoisonError::into_inner);
     without_launcher(&mut command);
     command.envs(variables.iter().copied());
@@ -80,7 +74,8 @@ fn start(mut command: Command, variables: &[(&str, &str)]) -> Job {
             }
         });
     }
-    Job { child, lines, said: Vec::new(), _memory: memory, _alone: alone }
+    let (said, ranks) = (Vec::new(), BTreeSet::new());
+    Job { child, lines, said, ranks, _memory: memory, _alone: alone }
 }
 
 impl Job {
@@ -90,7 +85,10 @@ impl Job {
         while self.said.iter().filter(|line| line.contains(text)).count() < count {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.lines.recv_timeout(left) {
-                Ok(line) => self.said.push(line),
+                Ok(line) => {
+                    self.said.push(line);
+                    self.look();
+                }
                 Err(error) => {
                     self.kill();
                     panic!("{error} before `{text}` was said {count} times: {:#?}", self.said);
@@ -99,10 +97,17 @@ impl Job {
         }
     }
 
-    /// The processes of the ranks.
-    pub(crate) fn pids(&self) -> Vec<Pid> {
-        let numbers = self.said.iter().filter_map(|line| line.strip_prefix("pid "));
-        numbers.map(|number| Pid::from_raw(number.parse().unwrap()).unwrap()).collect()
+    /// The processes of the ranks that have been seen.
+    fn pids(&self) -> Vec<Pid> {
+        self.ranks.iter().filter_map(|number| Pid::from_raw(*number)).collect()
+    }
+
+    /// Sees who runs now.
+    fn look(&mut self) {
+        let launcher = self.launcher().as_raw_nonzero().to_string();
+        let path = Path::new("/proc").join(&launcher).join("task").join(&launcher).join("children");
+        let children = std::fs::read_to_string(path).unwrap_or_default();
+        self.ranks.extend(children.split_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
     }
 
     /// The process that was started: mpirun, or the program alone.
@@ -116,6 +121,7 @@ impl Job {
         let mut status = None;
         while status.is_none() && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(20));
+            self.look();
             status = self.child.try_wait().unwrap();
         }
         if status.is_none() {
@@ -175,7 +181,7 @@ impl End {
     /// No rank outlives its launcher by more than a few seconds.
     #[track_caller]
     pub(crate) fn assert_nothing_left(&self, ranks: usize) -> &Self {
-        assert_eq!(self.pids.len(), ranks, "every rank said its number:\n{}", self.said);
+        assert_eq!(self.pids.len(), ranks, "every rank was seen:\n{}", self.said);
         let deadline = Instant::now() + Duration::from_secs(10);
         let left = || self.pids.iter().filter(|pid| is_running(**pid)).collect::<Vec<_>>();
         while !left().is_empty() && Instant::now() < deadline {

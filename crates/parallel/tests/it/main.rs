@@ -8,6 +8,10 @@ mod contract;
 mod failing;
 /// Starts and watches jobs.
 mod job;
+/// This crate's own program in jobs.
+mod program;
+/// Groups that share a queue of rows, each as fast as it is.
+mod queue;
 /// One rank and several as threads.
 mod threads;
 /// Jobs that work.

@@ -1,4 +1,4 @@
-use crate::job::{alone, mpirun};
+use crate::program::{alone, mpirun};
 
 #[track_caller]
 fn keeps_the_contract(ranks: usize) {

@@ -13,11 +13,10 @@ use rustix::process::{Signal, getpid, kill_process};
 
 #[path = "../contract/mod.rs"]
 mod contract;
+mod queue;
 
 fn main() -> ExitCode {
     let word = std::env::args().nth(1).unwrap_or_default();
-    // So that the tests can see that no process is left.
-    say(&format!("pid {}", std::process::id()));
     let result = match word.as_str() {
         "control" => return control(),
         "refused" => launch().map(drop),
@@ -57,6 +56,13 @@ fn work(word: &str, launch: &Launch) -> Result<(), Error> {
             launch.local_rank(),
             mpi::is_initialized()
         ));
+        return Ok(());
+    }
+    if word.starts_with("queue") {
+        return queue::work(word, world);
+    }
+    if word == "late-end" {
+        thread::sleep(Duration::from_secs(4) * world.rank() as u32);
         return Ok(());
     }
     world.barrier()?;
