@@ -97,7 +97,7 @@ mod tests {
             return ordinal < 0 || ordinal > 1 ? 101 : 0;
         }
         int UUID(char *uuid, int device) {
-            for (int i = 0; i < 16; i++) uuid[i] = (char)(device + i * 15);
+            for (int i = 0; i < 16; i++) uuid[i] = (char)(device + i * 13);
             return ready ? 0 : 3;
         }
     "#;
@@ -124,7 +124,7 @@ mod tests {
             let driver = Driver::load(&library).unwrap();
             assert_eq!(driver.count().unwrap(), 2);
             for ordinal in [0, 1] {
-                let want: Vec<u8> = (0..16).map(|i| 40 + ordinal as u8 + i * 15).collect();
+                let want: Vec<u8> = (0..16).map(|i| 40 + ordinal as u8 + i * 13).collect();
                 assert_eq!(driver.uuid(ordinal).unwrap().to_vec(), want);
             }
             assert_eq!(driver.uuid(2).unwrap_err(), "cuDeviceGet gives CUDA error 101");

@@ -185,8 +185,14 @@ mod tests {
         let got = selected("cuda:1", &[("a", 0, &[5, 7]), ("a", 1, &[5, 6]), ("a", 2, &[6, 7])]);
         assert_eq!(got, vec![want; 3]);
         // The same on two machines is no clash, and neither are CPUs.
-        assert!(selected("cuda:0", &[("a", 0, all), ("b", 0, all)]).iter().all(Result::is_ok));
-        assert!(selected("cpu", &[("a", 0, all), ("a", 1, all)]).iter().all(Result::is_ok));
+        assert!(
+            selected("cuda:0", &[("a", 0, all), ("b", 0, all)])
+                .iter()
+                .all(std::result::Result::is_ok)
+        );
+        assert!(
+            selected("cpu", &[("a", 0, all), ("a", 1, all)]).iter().all(std::result::Result::is_ok)
+        );
     }
 
     #[test]

@@ -6,13 +6,13 @@ use std::{
 };
 
 use dromedary_command::{Common, Error, boolean, layered, print_config, required};
+use dromedary_parallel::{SingleProcess, select_device};
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
 use super::SUBCOMMANDS;
 use crate::{
-    Checkpoint, Dtype, Footprint, LlamaConfig, LoadOptions, Plan, RankPlan, Slowest, select_device,
-    select_kind,
+    Checkpoint, Dtype, Footprint, LlamaConfig, LoadOptions, Plan, RankPlan, Slowest, select_kind,
 };
 
 /// Show how a model is split over processes: what each of them owns, stores and computes.
@@ -329,7 +329,10 @@ fn model(path: &Path) -> anyhow::Result<(LlamaConfig, Dtype)> {
 
 /// The device to plan for, which need not be here.
 fn planned_device(name: &str) -> crate::Result<Device> {
-    if name == "cuda" { Ok(Device::Cuda(0)) } else { select_device(name, 0) }
+    if name == "cuda" {
+        return Ok(Device::Cuda(0));
+    }
+    Ok(select_device(name, 0, &SingleProcess)?)
 }
 
 #[cfg(test)]
