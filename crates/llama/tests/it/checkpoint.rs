@@ -1,11 +1,14 @@
 //! Checkpoint folders: what is read is what is stored, and what does not fit is named.
 
-use std::{collections::BTreeMap, fs};
+use std::{collections::BTreeMap, fs, path::Path};
 
-use dromedary_llama::{Checkpoint, Dtype, Error, Plan, TensorProblems};
+use dromedary_llama::{
+    Checkpoint, Dtype, Error, Footprint, Llama, LoadOptions, Plan, ReadCounters, TensorProblems,
+};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
+use crate::support::smollm2;
 use crate::tiny::{self, FFN, HEADS, HIDDEN, Tiny, VOCAB, assert_same, write_file};
 
 const Q: &str = "model.layers.1.self_attn.q_proj.weight";
@@ -115,6 +118,39 @@ fn tensors_larger_than_one_read_are_whole() {
         blocks.push(block);
     }
     assert_same(&Tensor::cat(&blocks, 0), &tiny.tensors[down]);
+}
+
+/// A rank copies what the plan says, and reads it in large pieces.
+#[test]
+fn a_rank_copies_its_share_alone() {
+    let copies_its_share = |dir: &Path, tp: usize| {
+        for tp_rank in 0..tp {
+            let checkpoint = Checkpoint::open(dir).unwrap();
+            let options = LoadOptions { tp_rank, tp, pack: false, ..LoadOptions::default() };
+            let model = Llama::load(&checkpoint, &options).unwrap();
+            let planned = Footprint::new(model.config(), model.plan(), &options);
+            let size = checkpoint.dtype().size() as u64;
+            let ReadCounters { reads, bytes_read, bytes_copied } = checkpoint.counters();
+            let share = (planned.parameters * size) as f64;
+            assert!((bytes_copied as f64 / share - 1.0).abs() <= 0.05, "{bytes_copied} of {share}");
+            assert_eq!(bytes_read, planned.parameters_read * size);
+            // One for what is left of each tensor, all others of 1 MB and more.
+            let largest = checkpoint.names().count() as u64 + bytes_read / (1 << 20);
+            assert!(reads <= largest, "{reads} reads for {bytes_read} bytes");
+        }
+    };
+    let tiny = Tiny::new(2).stored_as(Kind::BFloat16).sharded(2);
+    for tp in 1..=HEADS as usize {
+        copies_its_share(tiny.path(), tp);
+    }
+    for tp in [2, 3, 8] {
+        copies_its_share(&crate::stories260k(), tp);
+    }
+    if let Some(dir) = smollm2() {
+        for tp in [2, 9] {
+            copies_its_share(&dir, tp);
+        }
+    }
 }
 
 #[test]

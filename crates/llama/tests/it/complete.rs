@@ -6,7 +6,7 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
-use crate::support::{data, stories};
+use crate::support::{data, mpirun, stories};
 
 const BEGINNING: &str = "Once upon a time";
 const GREEDY: &str = ", there was a little girl named Lily. She loved to play outside in the park.";
@@ -77,16 +77,36 @@ fn a_seed_decides_what_is_drawn() {
 fn ranks_under_mpirun_print_what_one_process_does() {
     let args = ["--prompt", BEGINNING, "--temperature", "0", "--max-gen-len", "40"];
     let want = stdout(&run(&args));
-    for ranks in ["2", "3"] {
+    for ranks in [2, 3] {
         let program = program();
-        let output = Command::new("mpirun")
-            .args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", ranks])
-            .arg(program.get_program())
+        let output = mpirun(ranks, program.get_program())
             .args(program.get_args())
             .args(args)
             .output()
             .unwrap();
         assert_eq!(stdout(&output), want);
+    }
+}
+
+/// Fault 13.
+#[test]
+fn ranks_that_do_not_fit_are_refused_with_both_numbers() {
+    for (ranks, tp, numbers) in [
+        (9, None, ["tp = 9 ", "8 query heads"]),
+        (3, Some("2"), ["--tp 2", "3 processes"]),
+        (2, Some("0"), ["--tp 0", "2 processes"]),
+    ] {
+        let program = program();
+        let output = mpirun(ranks, program.get_program())
+            .args(program.get_args())
+            .args(["--prompt", BEGINNING])
+            .args(tp.map(|tp| ["--tp", tp]).into_iter().flatten())
+            .output()
+            .unwrap();
+        assert_ne!(output.status.code(), Some(0));
+        assert!(output.stdout.is_empty());
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(numbers.iter().all(|number| text.contains(number)), "{text}");
     }
 }
 

@@ -16,6 +16,7 @@ use serde_json::json;
 use tch::Tensor;
 
 use crate::{
+    same::{Values, tensor, values},
     support::{data, difference, load, on_ranks},
     tiny::{self, Tiny, noise},
 };
@@ -24,17 +25,6 @@ const R: i64 = 3;
 /// Two sequences, one behind the other.
 const LENGTHS: [i64; 2] = [7, 12];
 const F32: f64 = 1e-5;
-
-/// What crosses threads of a tensor.
-type Values = (Vec<i64>, Vec<f32>);
-
-fn values(tensor: &Tensor) -> Values {
-    (tensor.size(), Vec::try_from(tensor.detach().reshape(-1)).unwrap())
-}
-
-fn tensor((size, values): &Values) -> Tensor {
-    Tensor::from_slice(values).reshape(&size[..])
-}
 
 /// The gradients of one rank.
 #[derive(Default)]

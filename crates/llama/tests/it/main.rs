@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 mod adapter; // PEFT adapter folders
 mod checkpoint; // checkpoint folders: read right, refused by name
+mod collectives; // what ranks exchange
 mod complete; // `llama complete`
 mod config; // config.json
 mod engine; // batch generation
@@ -21,6 +22,9 @@ mod plan_command; // `llama plan`
 mod support; // models run in short
 mod tensor_parallel; // several ranks against one
 mod tiny; // checkpoints for the above
+
+#[path = "../same/mod.rs"]
+mod same; // what ranks must agree in, also for the program that is started under mpirun
 
 /// Models and golden values that are part of the checkout.
 fn data() -> PathBuf {

@@ -1,8 +1,10 @@
 //! Models of the test data, and short ways to run them.
 
 use std::{
+    ffi::OsStr,
     ops::ControlFlow,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use dromedary_llama::{
@@ -31,6 +33,20 @@ pub(crate) fn smollm2() -> Option<PathBuf> {
         eprintln!("skipped: DROMEDARY_SMOLLM2 does not name the model's folder");
     }
     dir
+}
+
+/// Whether tests may take minutes.
+pub(crate) fn soak() -> bool {
+    std::env::var("DROMEDARY_SOAK").is_ok_and(|value| value == "1")
+}
+
+/// A program under `mpirun -n RANKS`. A rank that waits for a missing one ends the job in time.
+pub(crate) fn mpirun(ranks: usize, program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new("mpirun");
+    command.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n"]);
+    command.arg(ranks.to_string()).arg(program.as_ref());
+    command.env("DROMEDARY_COLLECTIVE_TIMEOUT", "300");
+    command
 }
 
 pub(crate) fn load(dir: &Path, options: &LoadOptions) -> Llama {

@@ -1,83 +1,183 @@
-//! One model on several ranks, as threads: the same logits and the same tokens as on one.
+//! One model on several ranks, as threads and as processes: the same logits and the same tokens as on
+//! one.
 
-use std::ops::ControlFlow;
+// Shapes: T = tokens of a prompt, V = vocab_size.
 
-use dromedary_llama::{
-    Error, LoadOptions,
-    generation::{EngineConfig, Sampling},
+use std::{
+    ops::ControlFlow,
+    path::{Path, PathBuf},
 };
+
+use dromedary_llama::{Error, LoadOptions, generation::EngineConfig};
 use dromedary_parallel::{Communicator, SingleProcess};
+use dromedary_tokenizer::Tokenizer;
+use serde_json::json;
 use tch::Tensor;
 
-use crate::support::{Loaded, data, difference, load, on_ranks, request, run, stories};
+use crate::{
+    same::{Answers, Question, tensor},
+    support::{Loaded, load, mpirun, on_ranks, request, smollm2, soak, stories},
+    tiny::{self, Tiny},
+};
 
-fn values(tensor: &Tensor) -> (Vec<i64>, Vec<f32>) {
-    (tensor.size(), Vec::try_from(tensor.reshape(-1)).unwrap())
+/// Behind a beginning that all share, so that the engine's shared prefix is used.
+const ENDINGS: [&str; 8] = [
+    " a red kite in the tree.",
+    " that it was late",
+    " two ducks, and one of them",
+    " nothing at all. \"Where is my",
+    " the old gate",
+    " his sister, who",
+    " rain",
+    " a box with a small key in it. Tim",
+];
+
+fn texts(model: PathBuf, lengths: [usize; 3]) -> Question {
+    let tokenizer = Tokenizer::open(&model).unwrap();
+    let prompt = |ending: &&str| tokenizer.encode_with_bos(&format!("One morning Tim saw{ending}"));
+    let prompts = ENDINGS.iter().map(prompt).collect();
+    Question { tokenizer: model.clone(), model, prompts, lengths }
 }
 
-fn tensor((size, values): &(Vec<i64>, Vec<f32>)) -> Tensor {
-    Tensor::from_slice(values).reshape(size)
-}
-
-#[test]
-fn logits_are_those_of_one_rank() {
-    // 8 heads of 4 K/V heads; 6 heads of 2 with odd sizes; heads without groups.
-    for (folder, counts) in
-        [("stories260k", vec![2, 3, 8]), ("untied", vec![2, 3, 4, 5]), ("sharded", vec![2, 3])]
-    {
-        let dir = data(folder);
-        let config = load(&dir, &LoadOptions::default());
-        let ids: Vec<u32> =
-            (0..60u32).map(|i| (i * 31 + 5) % config.config().vocab_size as u32).collect();
-        let want = config.forward_logits(&ids, &SingleProcess).unwrap();
-        for tp in counts {
-            let ranks = on_ranks(tp, |comm| {
-                let (tp_rank, tp) = (comm.rank(), comm.world_size());
-                let model = load(&dir, &LoadOptions { tp_rank, tp, ..LoadOptions::default() });
-                values(&model.forward_logits(&ids, comm).unwrap())
-            });
-            for rank in &ranks {
-                assert_eq!(rank, &ranks[0], "ranks differ");
-            }
-            let off = difference(&tensor(&ranks[0]), &want);
-            assert!(off <= 1e-5, "{folder} at tp {tp}: {off:.1e} x max|logit|");
-        }
-    }
-}
-
-#[test]
-fn tokens_are_those_of_one_rank() {
-    let greedy = Sampling::default();
-    let wide = Sampling::nucleus(1.0, 1.0);
-    let nucleus = Sampling::nucleus(1.0, 0.95);
-    let generate = |comm: &dyn Communicator, sampling: &Sampling| {
-        let loaded = Loaded::new(&stories(), comm);
-        let prefix = loaded.tokenizer.encode_with_bos("Lily and Tom went to the park. They saw");
-        let requests = [" a big dog", " a", " their mom and a red ball."].iter().enumerate();
-        let requests = requests.map(|(index, text)| {
-            let mut tokens = prefix.clone();
-            tokens.extend(loaded.tokenizer.encode(text));
-            request(format!("row {index}"), tokens)
-        });
-        let config = EngineConfig {
-            max_batch_size: 2,
-            max_gen_len: 48,
-            sampling: sampling.clone(),
-            ..EngineConfig::default()
-        };
-        let mut engine = loaded.engine(comm, config);
-        engine.pin_prefix(&prefix).unwrap();
-        let finished = run(&mut engine, requests.collect()).finished;
-        finished.into_iter().map(|row| (row.id, row.tokens)).collect::<Vec<_>>()
+/// Prompts for models whose vocabulary is no language; a tokenizer with fewer tokens spells their rows.
+fn numbers(model: &Path, vocab_size: u32, lengths: [usize; 3]) -> Question {
+    let prompt = |row: u32| {
+        let ids = (0..5 + 7 * row).map(|i| (i * (31 + 2 * row) + 5) % vocab_size);
+        [1, 2, 3].into_iter().chain(ids).collect()
     };
-    for sampling in [greedy, wide, nucleus] {
-        let want = generate(&SingleProcess, &sampling);
-        for tp in [2, 3] {
-            for rank in on_ranks(tp, |comm| generate(comm, &sampling)) {
-                assert_eq!(rank, want, "{sampling:?} at tp {tp}");
-            }
+    let prompts = (0..8).map(prompt).collect();
+    Question { model: model.into(), tokenizer: stories(), prompts, lengths }
+}
+
+/// Sizes that share no factor, and heads that few counts divide.
+fn odd(heads: i64, kv_heads: i64, [hidden, ffn, vocab]: [i64; 3]) -> Tiny {
+    let mut config = tiny::config();
+    for (key, value) in [
+        ("num_attention_heads", heads),
+        ("num_key_value_heads", kv_heads),
+        ("hidden_size", hidden),
+        ("intermediate_size", ffn),
+        ("vocab_size", vocab),
+        ("max_position_embeddings", 256),
+    ] {
+        config[key] = json!(value);
+    }
+    let mut model = Tiny::of(config, (hidden + ffn) as u64);
+    model.tensors.values_mut().for_each(|weight| *weight = &*weight * 0.5);
+    model.single()
+}
+
+#[track_caller]
+fn same_on_threads(question: &Question, want: &Answers, counts: &[usize]) {
+    for &tp in counts {
+        let ranks = on_ranks(tp, |comm| Answers::of(question, comm));
+        for (number, rank) in ranks.iter().enumerate() {
+            assert!(rank == &ranks[0], "rank {number} of {tp} differs from the first");
+        }
+        if let Err(difference) = ranks[0].compare(want) {
+            panic!("{} at tp {tp}: {difference}", question.model.display());
         }
     }
+}
+
+#[track_caller]
+fn same_on_processes(question: &Question, want: &Answers, counts: &[usize]) {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("want.safetensors");
+    write(&file, question, want);
+    for &ranks in counts {
+        let program = env!("CARGO_BIN_EXE_llama-ranks");
+        let output = mpirun(ranks, program)
+            .args([&question.model, &question.tokenizer, &file])
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(0), "{said}");
+        for rank in 0..ranks {
+            assert!(said.contains(&format!("rank {rank} of {ranks} agrees")), "{said}");
+        }
+    }
+}
+
+/// Question and answers in a file, for ranks that are processes.
+fn write(path: &Path, question: &Question, want: &Answers) {
+    let ids =
+        |ids: &[u32]| Tensor::from_slice(&ids.iter().map(|id| i64::from(*id)).collect::<Vec<_>>());
+    let mut tensors = Vec::new();
+    for (number, (prompt, logits)) in question.prompts.iter().zip(&want.logits).enumerate() {
+        tensors.push((format!("prompt.{number:03}"), ids(prompt)));
+        tensors.push((format!("logits.{number:03}"), tensor(logits)));
+    }
+    for (way, rows) in want.rows.iter().enumerate() {
+        for (row, tokens) in rows.iter().enumerate() {
+            tensors.push((format!("way {way}.{row:03}"), ids(tokens)));
+        }
+    }
+    Tensor::write_safetensors(&tensors, path).unwrap();
+}
+
+/// Of even counts, counts that cut K/V heads, and as many ranks as heads.
+#[test]
+fn stories_are_the_same_on_any_ranks() {
+    let question = texts(stories(), [64, 24, 24]);
+    let want = Answers::of(&question, &SingleProcess);
+    assert!(want.rows[0].iter().all(|row| row.len() == 64));
+    assert!(want.rows[1] != want.rows[0] && want.rows[1] != want.rows[2]);
+    same_on_threads(&question, &want, &[2, 3, 8]);
+    same_on_processes(&question, &want, &[3]);
+    if soak() {
+        same_on_processes(&question, &want, &[2, 8]);
+    }
+}
+
+#[test]
+fn odd_models_are_the_same_on_any_ranks() {
+    for (heads, kv_heads, sizes, counts, more) in [
+        (7, 7, [31, 53, 521], vec![2, 7], vec![3, 5]),
+        (15, 5, [37, 67, 523], vec![4, 7], vec![2, 11, 15]),
+        (11, 1, [29, 43, 541], vec![3], vec![11]),
+    ] {
+        let model = odd(heads, kv_heads, sizes);
+        let question = numbers(model.path(), sizes[2] as u32, [64, 16, 16]);
+        let want = Answers::of(&question, &SingleProcess);
+        same_on_threads(&question, &want, &counts);
+        if heads == 15 {
+            same_on_processes(&question, &want, &[2]);
+        }
+        if soak() {
+            same_on_threads(&question, &want, &more);
+        }
+    }
+}
+
+/// 9 heads of 3 K/V heads: only 3 and 9 divide them. The other counts are for those who have time.
+#[test]
+fn smollm2_is_the_same_on_any_ranks() {
+    let Some(model) = smollm2() else { return };
+    let question = texts(model, [64, 6, 6]);
+    let want = Answers::of(&question, &SingleProcess);
+    same_on_threads(&question, &want, &[2]);
+    same_on_processes(&question, &want, &[3]);
+    if soak() {
+        same_on_threads(&question, &want, &[3, 4, 5, 9]);
+        same_on_processes(&question, &want, &[2, 4, 5, 9]);
+    }
+}
+
+/// What is compared must be able to differ.
+#[test]
+fn other_answers_are_told_apart() {
+    let question = texts(stories(), [4, 4, 4]);
+    let want = Answers::of(&question, &SingleProcess);
+    let mut logits = want.clone();
+    let largest = logits.logits[2].1.iter().copied().fold(0.0, |a: f32, b| a.max(b.abs()));
+    logits.logits[2].1[70] += 2e-5 * largest;
+    assert!(logits.compare(&want).unwrap_err().contains("prompt 2"));
+    logits.logits[2].1[70] = f32::NAN;
+    assert!(logits.compare(&want).is_err());
+    let mut rows = want.clone();
+    rows.rows[1][3][2] ^= 1;
+    assert!(rows.compare(&want).unwrap_err().contains("way 1, row 3"));
 }
 
 #[test]
