@@ -5,6 +5,7 @@
 #![allow(clippy::print_stdout, reason = "the printed rows are what a bench makes")]
 
 mod decode;
+mod load;
 mod machine;
 mod train;
 
@@ -24,6 +25,8 @@ struct Cli {
 enum Bench {
     /// Decode tokens/s behind a long shared prefix, and the prefix's prefill.
     Decode(decode::DecodeArgs),
+    /// Seconds from the start of the processes to a model that is ready, from the page cache.
+    Load(load::LoadArgs),
     /// LoRA training tokens/s and memory on one fixed random batch.
     Train(train::TrainArgs),
 }
@@ -42,6 +45,7 @@ struct ModelArgs {
 fn main() -> Result<()> {
     match Cli::parse().bench {
         Bench::Decode(args) => decode::run(&args),
+        Bench::Load(args) => load::run(&args),
         Bench::Train(args) => train::run(&args),
     }
 }
