@@ -238,6 +238,14 @@ pub enum Error {
         /// `max_position_embeddings`.
         context: i64,
     },
+    /// A row cannot be scored.
+    #[error("row {row} cannot be scored: {reason}")]
+    CannotScore {
+        /// Its number among the requests, from 0.
+        row: usize,
+        /// Why, with the numbers.
+        reason: String,
+    },
     /// The model gave logits that are NaN or infinite.
     #[error("row {id}: the logits of its output token {position} are not finite")]
     NonFiniteLogits {

@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-use dromedary_command::{Error as CommandError, required};
+use dromedary_command::{Error as CommandError, boolean, required};
+use dromedary_llama::cli::SamplingArgs;
 use serde::{Deserialize, Serialize};
 
 use crate::filter::Compat;
-use crate::generate::{GenerateConfig, SamplingConfig};
+use crate::generate::GenerateConfig;
 use crate::merge::{IdentityLimit, IdentityWord, MergeConfig};
 
 /// Tables that a configuration file of this step may have.
@@ -58,12 +59,29 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "ROWS")]
     pub max_batch_size: Option<usize>,
 
-    /// Divisor of the logits; 0 takes the likeliest token [default: 0.7].
-    #[arg(long, value_name = "T")]
-    pub temperature: Option<f64>,
-    /// Sample among the likeliest tokens that together hold this probability [default: 0.95].
-    #[arg(long, value_name = "P")]
-    pub top_p: Option<f64>,
+    /// Keys and values of this many tokens are held for all rows together: rows wait for them, and
+    /// more short ones than long ones are generated at once [default: max-batch-size x max-seq-len].
+    #[arg(long, value_name = "TOKENS")]
+    pub max_kv_tokens: Option<usize>,
+    /// Keep the shared prefix's keys and values in this folder, and take them from there when model
+    /// and prefix are the same [default: run it each time].
+    #[arg(long, value_name = "DIR")]
+    pub prefix_cache: Option<PathBuf>,
+    /// Make every row equal to the last bit in whatever company it is generated: with the same
+    /// --max-batch-size, --threads and number of processes a run that was interrupted or split into
+    /// groups gives the same rows. Costs speed [default: false].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
+    pub deterministic: Option<bool>,
+
+    #[command(flatten)]
+    #[serde(flatten)]
+    #[allow(missing_docs, reason = "its doc comment would become the subcommand's")]
+    pub sampling: SamplingArgs,
+    /// Begin each answer with this text instead of leaving it to the model; the model goes on behind
+    /// it. Without a value: " I am a helpful, ethical, and reliable assistant." [default: off].
+    #[arg(long, num_args = 0..=1, value_name = "TEXT",
+        default_missing_value = " I am a helpful, ethical, and reliable assistant.")]
+    pub force_prefix: Option<String>,
     /// Text that ends a row, \n for a newline; may be given several times [default: those of the
     /// principles].
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
@@ -84,7 +102,7 @@ pub struct GenerateArgs {
     pub threads: Option<usize>,
     /// Take over the output although another process seems to write it.
     #[arg(long, num_args = 0..=1, default_missing_value = "true",
-        value_parser = dromedary_command::boolean)]
+        value_parser = boolean)]
     pub break_lock: Option<bool>,
 }
 
@@ -106,10 +124,11 @@ impl TryFrom<GenerateArgs> for GenerateConfig {
             max_shared_seq_len: args.max_shared_seq_len.unwrap_or(2816),
             max_gen_len: args.max_gen_len.unwrap_or(512),
             max_batch_size: args.max_batch_size.unwrap_or(32),
-            sampling: SamplingConfig {
-                temperature: args.temperature.unwrap_or(0.7),
-                top_p: args.top_p.unwrap_or(0.95),
-            },
+            max_kv_tokens: args.max_kv_tokens,
+            prefix_cache: args.prefix_cache,
+            deterministic: args.deterministic.unwrap_or(false),
+            sampling: args.sampling.resolved()?,
+            force_prefix: args.force_prefix.filter(|text| !text.is_empty()),
             stop: args.stop.iter().map(|text| text.replace("\\n", "\n")).collect(),
             seed: args.seed.unwrap_or(1),
             device: args.device.unwrap_or_else(|| "auto".to_owned()),
@@ -156,7 +175,7 @@ pub struct MergeArgs {
     pub compat: Option<Compat>,
     /// Merge files that generation has not finished [default: false].
     #[arg(long, num_args = 0..=1, default_missing_value = "true",
-        value_parser = dromedary_command::boolean)]
+        value_parser = boolean)]
     pub allow_unfinished: Option<bool>,
     /// Seed of the shuffle [default: 1].
     #[arg(long, value_name = "SEED")]

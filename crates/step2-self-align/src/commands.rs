@@ -52,6 +52,9 @@ fn say(report: &GenerateReport) {
     tracing::info!(
         "{answered} answered, {rejected} rejected, {done_before} done before, of {prompts} prompts"
     );
+    if report.forced > 0 {
+        tracing::info!("{} of these answers were made to begin with --force-prefix", report.forced);
+    }
     if let Some(statistics) = &report.statistics {
         let seconds = statistics.prefill_seconds + statistics.decode_seconds;
         tracing::info!(

@@ -1,9 +1,11 @@
 //! Answers prompts behind the principles and appends them to a file as they finish.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use dromedary_command::{Error as CommandError, Progress, StopFlag};
-use dromedary_llama::generation::{Engine, EngineConfig, Sampling, Statistics};
+use dromedary_llama::cli::SamplingArgs;
+use dromedary_llama::generation::{Engine, EngineConfig, PrefixCache, Statistics};
 use dromedary_llama::{
     Checkpoint, Llama, LoadOptions, check_tokenizer, eos_token_ids, select_kind,
 };
@@ -11,8 +13,9 @@ use dromedary_parallel::{Communicator, check_agreements, select_device};
 use dromedary_records::{Prompt, read_prompts};
 use dromedary_tokenizer::Tokenizer;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use crate::output::{Output, Settings};
+use crate::output::{Fixed, Output, Settings};
 use crate::rows::Rows;
 use crate::shards::shard_path;
 use crate::{Error, MetaPrompt, Result, Template};
@@ -45,9 +48,20 @@ pub struct GenerateConfig {
     pub max_gen_len: usize,
     /// Rows that are generated at once.
     pub max_batch_size: usize,
+    /// Tokens of all rows whose keys and values are held at once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_kv_tokens: Option<usize>,
+    /// Folder that keeps the shared prefix's keys and values.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefix_cache: Option<PathBuf>,
+    /// Make a row's text depend on no other row.
+    pub deterministic: bool,
     /// How tokens are chosen.
     #[serde(flatten)]
-    pub sampling: SamplingConfig,
+    pub sampling: SamplingArgs,
+    /// Text that each answer is made to begin with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub force_prefix: Option<String>,
     /// Texts that end a row; those of the principles where empty.
     pub stop: Vec<String>,
     /// Seed of the random numbers.
@@ -60,15 +74,6 @@ pub struct GenerateConfig {
     pub threads: Option<usize>,
     /// Take over the output although another process seems to write it.
     pub break_lock: bool,
-}
-
-/// How tokens are chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct SamplingConfig {
-    /// Divisor of the logits; 0 takes the likeliest token.
-    pub temperature: f64,
-    /// Share of the probability that is sampled from.
-    pub top_p: f64,
 }
 
 impl GenerateConfig {
@@ -97,14 +102,19 @@ impl GenerateConfig {
                  {max_seq_len}"
             ));
         }
-        let SamplingConfig { temperature, top_p } = self.sampling;
-        if !(temperature >= 0.0 && temperature.is_finite()) {
-            return usage(format!("--temperature {temperature} must be 0 or above"));
+        let needed = self.max_batch_size.saturating_mul(max_seq_len);
+        match self.max_kv_tokens {
+            Some(tokens) if tokens <= max_gen_len => usage(format!(
+                "--max-kv-tokens {tokens} leaves no room for a prompt with --max-gen-len \
+                 {max_gen_len}"
+            )),
+            Some(tokens) if self.deterministic && tokens < needed => usage(format!(
+                "--max-kv-tokens {tokens} is too few for --deterministic, which computes all \
+                 {} slots of --max-seq-len {max_seq_len}: {needed}",
+                self.max_batch_size
+            )),
+            _ => Ok(()),
         }
-        if !(top_p > 0.0 && top_p <= 1.0) {
-            return usage(format!("--top-p {top_p} must be above 0 and at most 1"));
-        }
-        Ok(())
     }
 }
 
@@ -122,6 +132,8 @@ pub struct GenerateReport {
     pub answered: usize,
     /// Rows that were rejected now.
     pub rejected: usize,
+    /// Rows that were answered now and made to begin with `force_prefix`.
+    pub forced: usize,
     /// A signal ended the run before the last row; the same call continues.
     pub stopped: bool,
     /// What the engine counted; absent where nothing was left to do.
@@ -168,8 +180,13 @@ pub fn generate(
         meta_prompt: blake3_of(&meta_prompt.text),
         thoughts: meta_prompt.principles.cues.thoughts.clone(),
         stop: stop_strings.clone(),
-        temperature: config.sampling.temperature,
-        top_p: config.sampling.top_p,
+        sampling: changed(&config.sampling)?,
+        force_prefix: config.force_prefix.clone(),
+        deterministic: config.deterministic.then(|| Fixed {
+            max_batch_size: config.max_batch_size,
+            threads: tch::get_num_threads(),
+            tp: comm.world_size(),
+        }),
         max_seq_len: config.max_seq_len,
         max_gen_len: config.max_gen_len,
         seed: config.seed,
@@ -182,6 +199,7 @@ pub fn generate(
         done_before: work.prompts - work.left.len(),
         answered: 0,
         rejected: 0,
+        forced: 0,
         stopped: false,
         statistics: None,
     };
@@ -197,21 +215,27 @@ pub fn generate(
             Progress::new(Some(work.left.len() as u64), "rows", show_progress && comm.rank() == 0);
         let model = load(config, &checkpoint, comm, local_rank)?;
         let engine_config = EngineConfig {
-            max_batch_size: config.max_batch_size.min(work.left.len()),
+            max_batch_size: if config.deterministic {
+                config.max_batch_size
+            } else {
+                config.max_batch_size.min(work.left.len())
+            },
+            max_kv_tokens: config.max_kv_tokens,
+            deterministic: config.deterministic,
             max_seq_len: config.max_seq_len,
             max_gen_len: config.max_gen_len,
-            sampling: sampling(config.sampling),
+            sampling: config.sampling.sampling()?,
             stop_strings,
             eos_token_ids: eos_token_ids(&config.checkpoint, &tokenizer)?,
-            ..EngineConfig::default()
         };
         let mut engine = Engine::new(&model, &tokenizer, comm, engine_config)?;
-        engine.pin_prefix(&prefix)?;
+        pin(&mut engine, &prefix, config, &settings)?;
         let mut rows = Rows::new(config, &template, &tokenizer, work.left, work.output.take());
         let statistics = rows.run(&mut engine, stop, &progress)?;
         progress.finish();
         report.answered = rows.answered;
         report.rejected = rows.rejected;
+        report.forced = rows.forced;
         report.statistics = Some(statistics);
         report.stopped = statistics.stopped;
         work.output = rows.output;
@@ -228,8 +252,33 @@ fn blake3_of(text: &str) -> String {
     blake3::hash(text.as_bytes()).to_hex().to_string()
 }
 
-fn sampling(config: SamplingConfig) -> Sampling {
-    Sampling::nucleus(config.temperature, config.top_p)
+fn pin(
+    engine: &mut Engine<'_>,
+    prefix: &[u32],
+    config: &GenerateConfig,
+    settings: &Settings,
+) -> Result<()> {
+    let Some(dir) = &config.prefix_cache else { return Ok(engine.pin_prefix(prefix)?) };
+    let model = format!("{} {}", settings.checkpoint, settings.tokenizer);
+    let taken = engine.pin_prefix_cached(prefix, &PrefixCache { dir: dir.clone(), model })?;
+    if taken {
+        tracing::info!("the shared prefix was taken from {}", dir.display());
+    }
+    Ok(())
+}
+
+/// Temperature and nucleus, and what else differs from the default: rows that were made before
+/// there was a setting had its default.
+fn changed(sampling: &SamplingArgs) -> Result<BTreeMap<String, Value>> {
+    let object = |args: &SamplingArgs| -> Result<BTreeMap<String, Value>> {
+        let value = serde_json::to_value(args).map_err(Error::Exchange)?;
+        serde_json::from_value(value).map_err(Error::Exchange)
+    };
+    let default = object(&SamplingArgs::default().resolved()?)?;
+    let always = ["temperature", "top_p"];
+    let mut settings = object(sampling)?;
+    settings.retain(|name, value| always.contains(&&**name) || default.get(name) != Some(value));
+    Ok(settings)
 }
 
 /// Settings in which ranks may differ: where each has its files, whose contents are compared, and

@@ -41,7 +41,7 @@ mod text;
 pub use args::{GenerateArgs, MergeArgs, RenderArgs, SUBCOMMANDS};
 pub use error::{Error, Result};
 pub use filter::{Compat, Filter, Kept, Report, Rule, SourceReport, Verdict};
-pub use generate::{GenerateConfig, GenerateReport, SamplingConfig, generate};
+pub use generate::{GenerateConfig, GenerateReport, generate};
 pub use merge::{DroppedRow, IdentityLimit, IdentityWord, MergeConfig, merge_and_filter};
 pub use principles::{Cues, Exemplar, MetaPrompt, Names, PrincipleRule, Principles};
 pub use shards::{Done, shard_path};

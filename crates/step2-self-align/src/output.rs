@@ -1,6 +1,6 @@
 //! The file of one group: locked, continued by id, finished with a mark.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -22,11 +22,23 @@ pub(crate) struct Settings {
     pub(crate) meta_prompt: String,
     pub(crate) thoughts: String,
     pub(crate) stop: Vec<String>,
-    pub(crate) temperature: f64,
-    pub(crate) top_p: f64,
+    #[serde(flatten)]
+    pub(crate) sampling: BTreeMap<String, Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) force_prefix: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) deterministic: Option<Fixed>,
     pub(crate) max_seq_len: usize,
     pub(crate) max_gen_len: usize,
     pub(crate) seed: u64,
+}
+
+/// What must stay the same for rows to be equal to the last bit.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Fixed {
+    pub(crate) max_batch_size: usize,
+    pub(crate) threads: i32,
+    pub(crate) tp: usize,
 }
 
 /// The rows of a group on the disk, held by this process alone.
@@ -70,6 +82,8 @@ pub(crate) struct RowMetrics<'a> {
 pub(crate) struct RunMetrics {
     pub(crate) run: &'static str,
     pub(crate) rows: u64,
+    /// Of these, made to begin with `--force-prefix`.
+    pub(crate) forced: u64,
     pub(crate) output_tokens: u64,
     pub(crate) decode_steps: u64,
     pub(crate) prefill_seconds: f64,

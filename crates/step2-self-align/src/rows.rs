@@ -25,6 +25,7 @@ pub(crate) struct Rows<'a> {
     pub(crate) output: Option<Output>,
     pub(crate) answered: usize,
     pub(crate) rejected: usize,
+    pub(crate) forced: usize,
     tokens: u64,
     error: Option<Error>,
 }
@@ -46,6 +47,7 @@ impl<'a> Rows<'a> {
             output,
             answered: 0,
             rejected: 0,
+            forced: 0,
             tokens: 0,
             error: None,
         }
@@ -106,7 +108,8 @@ impl<'a> Rows<'a> {
                 "the prompt has more tokens than a row may have (max_seq_len {limit})"
             ));
         }
-        let text = self.template.fill(&prompt.instruction, &prompt.input);
+        let mut text = self.template.fill(&prompt.instruction, &prompt.input);
+        text.extend(self.config.force_prefix.as_deref());
         let tokens = self.tokenizer.encode_with_bos(&text);
         Ok(Request { id: prompt.id.clone(), tokens, seed: self.config.seed })
     }
@@ -128,12 +131,17 @@ impl<'a> Rows<'a> {
         self.answered += 1;
         progress.inc(1);
         let seconds = finished.seconds;
+        let mut output = finished.text;
+        if let Some(forced) = &self.config.force_prefix {
+            self.forced += 1;
+            output.insert_str(0, forced);
+        }
         let row = AlignedResponse {
             id: prompt.id,
             source: prompt.source,
             instruction: prompt.instruction,
             input: prompt.input,
-            output: finished.text,
+            output,
             finish_reason: match finished.finish_reason {
                 RowEnd::Eos => FinishReason::Eos,
                 RowEnd::Stop => FinishReason::Stop,
@@ -188,6 +196,7 @@ impl<'a> Rows<'a> {
         output.measure(&RunMetrics {
             run: if statistics.stopped { "stopped" } else { "finished" },
             rows: statistics.finished,
+            forced: self.forced as u64,
             output_tokens: statistics.output_tokens,
             decode_steps: statistics.decode_steps,
             prefill_seconds: statistics.prefill_seconds,

@@ -13,10 +13,10 @@ use dromedary_parallel::{Communicator, Launch, check_agreements, launch, select_
 use dromedary_tokenizer::Tokenizer;
 use serde::{Deserialize, Serialize};
 
-use super::SUBCOMMANDS;
+use super::{SUBCOMMANDS, SamplingArgs};
 use crate::{
     Checkpoint, Llama, LoadOptions, check_tokenizer, eos_token_ids,
-    generation::{Engine, EngineConfig, Event, Request, Sampling, Statistics},
+    generation::{Engine, EngineConfig, Event, Request, Statistics},
     select_kind,
 };
 
@@ -42,14 +42,9 @@ pub(super) struct CompleteArgs {
     /// Tokens to write at most [default: 128].
     #[arg(long, value_name = "TOKENS", alias = "generate-max-len")]
     max_gen_len: Option<usize>,
-    /// Logits are divided by it before a token is drawn; 0 takes the best token always
-    /// [default: 0.7].
-    #[arg(long, value_name = "NUMBER")]
-    temperature: Option<f64>,
-    /// Draw among the likeliest tokens that together hold this probability, 1 for among all
-    /// [default: 0.95].
-    #[arg(long, value_name = "SHARE")]
-    top_p: Option<f64>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    sampling: SamplingArgs,
     /// Seed of the random numbers; the same seed gives the same text [default: 0].
     #[arg(long, value_name = "NUMBER")]
     seed: Option<u64>,
@@ -77,8 +72,8 @@ struct CompleteConfig {
     tokenizer: PathBuf,
     prompt: String,
     max_gen_len: usize,
-    temperature: f64,
-    top_p: f64,
+    #[serde(flatten)]
+    sampling: SamplingArgs,
     seed: u64,
     stop: Vec<String>,
     device: String,
@@ -107,8 +102,7 @@ impl TryFrom<CompleteArgs> for CompleteConfig {
             checkpoint,
             prompt,
             max_gen_len: args.max_gen_len.unwrap_or(128),
-            temperature: args.temperature.unwrap_or(0.7),
-            top_p: args.top_p.unwrap_or(0.95),
+            sampling: args.sampling.resolved()?,
             seed: args.seed.unwrap_or(0),
             stop: args.stop,
             device: args.device.unwrap_or_else(|| "auto".into()),
@@ -182,7 +176,7 @@ fn complete(config: &CompleteConfig, launch: &Launch) -> anyhow::Result<Done> {
         max_batch_size: 1,
         max_seq_len: context.min(tokens.len() + config.max_gen_len).max(2),
         max_gen_len: config.max_gen_len,
-        sampling: Sampling::nucleus(config.temperature, config.top_p),
+        sampling: config.sampling.sampling()?,
         stop_strings: config.stop.clone(),
         eos_token_ids: eos_token_ids(&config.checkpoint, &tokenizer)?,
         ..EngineConfig::default()

@@ -5,10 +5,13 @@ mod complete;
 mod inspect;
 mod merge;
 mod plan;
+mod sampling_args;
 
 use std::process::ExitCode;
 
 use dromedary_command::{Common, init_logging};
+
+pub use sampling_args::SamplingArgs;
 
 /// Names of the tables that a `--config` file may have.
 const SUBCOMMANDS: [&str; 4] = ["complete", "inspect", "merge", "plan"];

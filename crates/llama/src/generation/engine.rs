@@ -15,15 +15,13 @@ use super::{
     sampler::{RowKey, Sampler, Vocabulary},
 };
 use crate::{
-    Error, Llama, Result,
-    attention::causal_attention,
-    check_tokenizer,
+    Error, Llama, Result, check_tokenizer,
     kv_cache::{DecodeStep, SharedPrefix, SlotCache, StepRow, Storage},
 };
 
 /// Prompts are read together until they have this many tokens: enough to keep the products wide,
 /// few enough to bound the memory of a prefill.
-const PREFILL_TOKENS: usize = 2048;
+pub(super) const PREFILL_TOKENS: usize = 2048;
 
 /// Slots are made this much longer at once, so that they are not copied for every row that is a
 /// little longer than those before.
@@ -72,7 +70,7 @@ impl Default for EngineConfig {
 }
 
 impl EngineConfig {
-    fn max_kv_tokens(&self) -> usize {
+    pub(super) fn max_kv_tokens(&self) -> usize {
         self.max_kv_tokens.unwrap_or(self.max_batch_size.saturating_mul(self.max_seq_len))
     }
 }
@@ -82,15 +80,15 @@ impl EngineConfig {
 /// Every rank of a tensor-parallel group has its own engine and must make the same calls with the
 /// same requests; all of them then see the same events.
 pub struct Engine<'a> {
-    model: &'a Llama,
+    pub(super) model: &'a Llama,
     tokenizer: &'a Tokenizer,
-    comm: &'a dyn Communicator,
-    config: EngineConfig,
+    pub(super) comm: &'a dyn Communicator,
+    pub(super) config: EngineConfig,
     stop: StopRule,
     sampler: Sampler,
-    storage: Storage,
-    cache: SlotCache,
-    prefix: Option<SharedPrefix>,
+    pub(super) storage: Storage,
+    pub(super) cache: SlotCache,
+    pub(super) prefix: Option<SharedPrefix>,
     slots: Vec<Option<Row<'a>>>,
     /// A row that the cache had no room for yet.
     waiting: Option<Row<'a>>,
@@ -167,44 +165,6 @@ impl<'a> Engine<'a> {
     /// [`WorkQueue::poll`](dromedary_parallel::WorkQueue::poll). It must not wait.
     pub fn on_step(&mut self, call: impl FnMut() -> Result<()> + 'a) {
         self.on_step = Some(Box::new(call));
-    }
-
-    /// Runs a prefix once; rows that begin with it, or with a part of it, take its keys and values
-    /// from here on. It replaces an earlier one.
-    ///
-    /// Every rank of the group must call this.
-    ///
-    /// # Errors
-    /// The prefix leaves no room in the model's context, a token is not in the vocabulary, memory
-    /// ends, the exchange between ranks failed.
-    pub fn pin_prefix(&mut self, tokens: &[u32]) -> Result<()> {
-        let context = self.model.config().max_position_embeddings;
-        let length = tokens.len() as i64;
-        if length >= context {
-            return Err(Error::PrefixTooLong { tokens: tokens.len(), context });
-        }
-        if tokens.is_empty() {
-            self.prefix = None;
-            return Ok(());
-        }
-        let mut prefix = SharedPrefix::new(tokens.to_vec());
-        let (heads, storage) = (self.model.heads(), &self.storage);
-        tch::no_grad(|| -> Result<()> {
-            let positions: Vec<i64> = (0..length).collect();
-            let x = self.model.embed(tokens)?;
-            let _ = self.model.forward_layers(x, &positions, self.comm, &mut |_, q, k, v| {
-                prefix.push_layer(heads, storage, k, v)?;
-                causal_attention(heads, q, k, v, &[length])
-            })?;
-            Ok(())
-        })?;
-        self.prefix = Some(prefix);
-        Ok(())
-    }
-
-    /// The pinned prefix.
-    pub fn prefix(&self) -> Option<&SharedPrefix> {
-        self.prefix.as_ref()
     }
 
     /// Generates until `source` has no more requests and all rows have ended, or until `sink` asks to
@@ -320,14 +280,20 @@ impl<'a> Engine<'a> {
         self.cache.resize(slots as i64, capacity as i64, &lengths)
     }
 
+    /// Tokens of its own that a row may have behind this much of the prefix.
+    pub(super) fn room(&self, prefix: usize) -> usize {
+        let context = self.model.config().max_position_embeddings as usize;
+        let slot = self.config.max_seq_len.min(self.config.max_kv_tokens());
+        slot.min(context.saturating_sub(prefix))
+    }
+
     /// The row of a request, or the event that it is rejected.
     fn row(&self, request: Request) -> std::result::Result<Row<'a>, Event<'static>> {
         let tokens = &request.tokens;
         let prefix = self.prefix.as_ref().map_or(0, |prefix| prefix.shared_with(tokens));
         let own = tokens.len() - prefix;
         let context = self.model.config().max_position_embeddings as usize;
-        let slot = self.config.max_seq_len.min(self.config.max_kv_tokens());
-        let room = slot.min(context.saturating_sub(prefix));
+        let room = self.room(prefix);
         if own > 0 && own < room {
             let limit = self.config.max_gen_len.min(room - own);
             return Ok(Row::new(request, self.tokenizer, prefix, limit));
@@ -337,7 +303,8 @@ impl<'a> Engine<'a> {
         } else {
             format!(
                 "the prompt has {own} tokens behind {prefix} of the shared prefix, and a row has room \
-                 for {room}, one of them for its output (max_seq_len {slot}, context {context})"
+                 for {room}, one of them for its output (max_seq_len {}, context {context})",
+                self.config.max_seq_len.min(self.config.max_kv_tokens())
             )
         };
         Err(Event::Rejected { id: request.id, reason })

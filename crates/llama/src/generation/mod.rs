@@ -7,13 +7,17 @@ mod candidates;
 mod engine;
 mod penalties;
 mod prefill;
+mod prefix;
 mod request;
 mod row;
 mod sampler;
 mod sampling;
+mod score;
 mod stop;
 
 pub use engine::{Engine, EngineConfig};
+pub use prefix::PrefixCache;
 pub use request::{Event, FinishReason, FinishedRow, Request, Statistics};
 pub use sampling::{FrequencyPenalty, Sampling};
+pub use score::ScoreRequest;
 pub use stop::StopRule;

@@ -165,8 +165,10 @@ fn what_cannot_run_is_named() {
     assert!(text.contains("--prompt-file"), "{text}");
     let text = stderr(&run(&["--prompt-file", "missing.txt"]), 2);
     assert!(text.contains("missing.txt"), "{text}");
-    let text = stderr(&run(&["--prompt", "a", "--temperature=-1"]), 1);
-    assert!(text.contains("temperature is -1"), "{text}");
+    let text = stderr(&run(&["--prompt", "a", "--temperature=-1"]), 2);
+    assert!(text.contains("--temperature -1"), "{text}");
+    let text = stderr(&run(&["--prompt", "a", "--logit-bias", "512=1"]), 1);
+    assert!(text.contains("512"), "{text}");
     let text = stderr(&run(&["--prompt", "a", "--device", "cuda:77"]), 1);
     assert!(text.contains("cuda:77"), "{text}");
     let text = stderr(&run(&["--prompt", "a", "--tp", "2"]), 1);

@@ -19,6 +19,8 @@ mod model; // parts of the model, adapters in place
 mod parity; // logits against golden values
 mod plan; // the split over ranks
 mod plan_command; // `llama plan`
+mod prefix_cache; // prefixes on the disk
+mod score; // log-probabilities of given texts
 mod support; // models run in short
 mod tensor_parallel; // several ranks against one
 mod tiny; // checkpoints for the above

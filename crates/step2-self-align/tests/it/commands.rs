@@ -156,7 +156,7 @@ fn usage_errors_name_the_flag_and_end_with_2() {
         (generate("--group_rank 2 --group_size 2"), "--group-rank 2 is not below --group-size 2"),
         (generate("--max_gen_len 768"), "--max-gen-len 768 leaves no room"),
         (generate("--top_p 0"), "--top-p 0"),
-        (generate("--temperature=-1"), "--temperature -1 must be 0 or above"),
+        (generate("--temperature=-1"), "--temperature -1 must be at least 0"),
         (generate("--max_batch_size 0"), "--max-batch-size is 0"),
         (generate("--no_such_flag 1"), "--no-such-flag"),
         ("merge-and-filter --output_file x.json".to_owned(), "--data-file-pattern is required"),

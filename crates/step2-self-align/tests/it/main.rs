@@ -8,6 +8,8 @@ mod commands;
 mod compat;
 /// The hand-made files that come with the project.
 mod dummy_data;
+/// Flags of generation that the engine takes.
+mod engine_flags;
 /// Every rule of the corrected filter: a row that it keeps, a row that it drops.
 mod filter;
 /// Generation through the library: resume, rejected prompts, stops.
