@@ -8,7 +8,7 @@ use dromedary_llama::{
     Checkpoint, Llama, LoadOptions,
     generation::{Engine, EngineConfig, Event, Request, Sampling, Statistics},
 };
-use dromedary_parallel::SingleProcess;
+use dromedary_parallel::{Communicator, SingleProcess};
 use dromedary_tokenizer::Tokenizer;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
@@ -22,15 +22,28 @@ pub(crate) struct DecodeArgs {
     /// Rows at once; several values are measured one after the other.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 8, 32])]
     batch: Vec<usize>,
+    #[command(flatten)]
+    shape: Shape,
+}
+
+/// The lengths of what is generated.
+#[derive(Args, Clone, Copy)]
+pub(crate) struct Shape {
     /// Tokens of the shared prefix.
     #[arg(long, default_value_t = 2512)]
-    prefix: usize,
+    pub(crate) prefix: usize,
     /// Tokens of each row behind the prefix.
     #[arg(long, default_value_t = 16)]
-    suffix: usize,
+    pub(crate) suffix: usize,
     /// Tokens that each row generates.
     #[arg(long, default_value_t = 64)]
-    new: usize,
+    pub(crate) new: usize,
+}
+
+/// What a run of [`decode`] gave.
+pub(crate) struct Decoded {
+    prefix_seconds: f64,
+    pub(crate) statistics: Statistics,
 }
 
 pub(crate) fn run(args: &DecodeArgs) -> Result<()> {
@@ -43,32 +56,40 @@ pub(crate) fn run(args: &DecodeArgs) -> Result<()> {
         None => println!("compute bound: unknown, this libtorch does not pack weights"),
     }
     for &batch in &args.batch {
-        decode(args, batch, &model, &tokenizer)?;
+        let decoded = decode(&args.shape, batch, &model, &tokenizer, &SingleProcess)?;
+        report(args, batch, &decoded)?;
     }
     Ok(())
 }
 
-fn decode(args: &DecodeArgs, batch: usize, model: &Llama, tokenizer: &Tokenizer) -> Result<()> {
+/// Random rows behind a random prefix, the same on all ranks of `comm`.
+pub(crate) fn decode(
+    shape: &Shape,
+    batch: usize,
+    model: &Llama,
+    tokenizer: &Tokenizer,
+    comm: &dyn Communicator,
+) -> Result<Decoded> {
     let config = EngineConfig {
         max_batch_size: batch,
-        max_seq_len: args.suffix + args.new,
-        max_gen_len: args.new,
+        max_seq_len: shape.suffix + shape.new,
+        max_gen_len: shape.new,
         sampling: Sampling::nucleus(0.7, 0.95),
         // Random text would end at random points: without stop strings and end-of-text tokens no row
         // stops early.
         ..EngineConfig::default()
     };
-    let mut engine = Engine::new(model, tokenizer, &SingleProcess, config)?;
+    let mut engine = Engine::new(model, tokenizer, comm, config)?;
     let mut rng = StdRng::seed_from_u64(0);
     let vocab_size = model.config().vocab_size as u32;
     let mut random = |length| (0..length).map(|_| rng.random_range(3..vocab_size)).collect();
-    let prefix: Vec<u32> = random(args.prefix);
+    let prefix: Vec<u32> = random(shape.prefix);
     let start = Instant::now();
     engine.pin_prefix(&prefix)?;
     let prefix_seconds = start.elapsed().as_secs_f64();
 
     let mut requests = (0..batch).map(|row| {
-        let suffix: Vec<u32> = random(args.suffix);
+        let suffix: Vec<u32> = random(shape.suffix);
         Request { id: row.to_string(), tokens: [&prefix[..], &suffix].concat(), seed: 0 }
     });
     let statistics = engine.run(&mut || requests.next(), &mut |event| match event {
@@ -76,14 +97,15 @@ fn decode(args: &DecodeArgs, batch: usize, model: &Llama, tokenizer: &Tokenizer)
         _ => ControlFlow::Continue(()),
     })?;
     ensure!(statistics.finished == batch as u64, "not all rows ended: {statistics:?}");
-    report(args, batch, prefix_seconds, &statistics)
+    Ok(Decoded { prefix_seconds, statistics })
 }
 
-fn report(args: &DecodeArgs, batch: usize, prefix_seconds: f64, of: &Statistics) -> Result<()> {
+fn report(args: &DecodeArgs, batch: usize, decoded: &Decoded) -> Result<()> {
+    let Decoded { prefix_seconds, statistics: of } = decoded;
     println!(
         "| decode, batch {batch} | {:.1} tokens/s | prefix {:.0} tokens/s | peak {} MB |",
         of.decode_tokens as f64 / of.decode_seconds,
-        args.prefix as f64 / prefix_seconds,
+        args.shape.prefix as f64 / prefix_seconds,
         machine::rss_mb()?.1
     );
     Ok(())

@@ -7,6 +7,7 @@
 mod decode;
 mod load;
 mod machine;
+mod tensor_parallel;
 mod train;
 
 use std::path::PathBuf;
@@ -27,6 +28,11 @@ enum Bench {
     Decode(decode::DecodeArgs),
     /// Seconds from the start of the processes to a model that is ready, from the page cache.
     Load(load::LoadArgs),
+    /// Decode tokens/s of two ranks with one thread each, against one rank with two threads.
+    Tp(tensor_parallel::TpArgs),
+    /// One rank of `tp`.
+    #[command(hide = true)]
+    TpRank(tensor_parallel::RankArgs),
     /// LoRA training tokens/s and memory on one fixed random batch.
     Train(train::TrainArgs),
 }
@@ -46,6 +52,8 @@ fn main() -> Result<()> {
     match Cli::parse().bench {
         Bench::Decode(args) => decode::run(&args),
         Bench::Load(args) => load::run(&args),
+        Bench::Tp(args) => tensor_parallel::run(&args),
+        Bench::TpRank(args) => tensor_parallel::run_rank(&args),
         Bench::Train(args) => train::run(&args),
     }
 }

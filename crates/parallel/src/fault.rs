@@ -10,6 +10,7 @@ use std::thread;
 
 use rustix::process::{Signal, getpid, kill_process};
 
+use crate::stderr::say;
 use crate::{Error, Result};
 
 /// The variable.
@@ -83,6 +84,8 @@ pub fn fault_point(name: &str, number: usize) -> Result<()> {
         return Ok(());
     }
     let point = fault.point.clone();
+    // Whoever waits for it knows from when on.
+    say(&format!("fault on purpose at {point}: {:?}", fault.how));
     match fault.how {
         How::Panic => panic!("fault on purpose at {point}"),
         How::Error => Err(Error::Fault { point }),

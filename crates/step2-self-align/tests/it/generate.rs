@@ -12,7 +12,7 @@ use dromedary_self_align::{
 use crate::support::{SHORT_PROMPT, lines, stories260k};
 
 /// A folder with prompts and a short meta prompt.
-fn folder_of(prompts: &[&str]) -> tempfile::TempDir {
+pub(crate) fn folder_of(prompts: &[&str]) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let prompts: Vec<_> =
         prompts.iter().map(|text| serde_json::json!({"instruction": text, "input": ""})).collect();
@@ -22,7 +22,7 @@ fn folder_of(prompts: &[&str]) -> tempfile::TempDir {
     folder
 }
 
-const STORIES: [&str; 6] =
+pub(crate) const STORIES: [&str; 6] =
     ["Once upon a time", "Tim had a dog", "Lily saw a cat", "The sun was", "A bird", "Mom said"];
 
 fn args(folder: &Path) -> GenerateArgs {

@@ -10,10 +10,16 @@ mod compat;
 mod dummy_data;
 /// Flags of generation that the engine takes.
 mod engine_flags;
+/// Jobs of several ranks that fail, started as a user starts them.
+mod faults;
 /// Every rule of the corrected filter: a row that it keeps, a row that it drops.
 mod filter;
 /// Generation through the library: resume, rejected prompts, stops.
 mod generate;
+/// Starts and watches jobs.
+#[path = "../../../parallel/tests/it/job.rs"]
+#[allow(dead_code, reason = "the crate it belongs to uses all of it")]
+mod job;
 /// From files of groups to training rows.
 mod merge;
 /// The prompt texts that come with the project.
