@@ -10,10 +10,14 @@ mod collectives; // what ranks exchange
 mod complete; // `llama complete`
 mod config; // config.json
 mod engine; // batch generation
+mod faults; // jobs of `llama complete` that fail
 mod gradients; // training over several ranks
 mod hostile; // safetensors files made to do harm
 mod independence; // the same row in other company
 mod inspect; // `llama inspect`
+#[path = "../../../parallel/tests/it/job.rs"]
+#[allow(dead_code, reason = "the crate it belongs to uses all of it")]
+mod job; // starts and watches jobs
 mod merge; // adapters into their base, `llama merge`
 mod model; // parts of the model, adapters in place
 mod parity; // logits against golden values
