@@ -91,24 +91,32 @@ impl Judge {
     }
 }
 
-/// Where a prompt was read.
-#[derive(Clone, Copy)]
-struct Place {
-    source: Source,
-    number: u64,
-}
+/// Where a prompt was read: the place of its source in [`Source::ALL`] in the first byte, behind it
+/// the number of the row. One is held for every prompt.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Place(u64);
 
 impl Place {
-    fn name(&self) -> RowName<'static> {
-        RowName { source: self.source.name(), number: self.number }
+    const NUMBER_BITS: u32 = 56;
+
+    fn new(source: Source, number: u64) -> Place {
+        Place((source as u64) << Place::NUMBER_BITS | number)
+    }
+
+    fn source(self) -> Source {
+        Source::ALL[(self.0 >> Place::NUMBER_BITS) as usize]
+    }
+
+    fn name(self) -> RowName<'static> {
+        let number = self.0 & ((1 << Place::NUMBER_BITS) - 1);
+        RowName { source: self.source().name(), number }
     }
 }
 
 /// A clean prompt that waits on disk.
 #[derive(Serialize, Deserialize)]
 struct Waiting {
-    source: u8,
-    number: u64,
+    place: Place,
     tokens: Option<u32>,
     prompt: Prompt,
 }
@@ -161,7 +169,7 @@ impl<'j> Merger<'j> {
         source: Source,
         verdict: std::result::Result<Verdict, Fault>,
     ) -> Result<()> {
-        let place = Place { source, number: self.ledger.row(source.name()) };
+        let place = Place::new(source, self.ledger.row(source.name()));
         match verdict {
             Err(Fault(fault)) => {
                 let dropped = Dropped::with(DropReason::BadRow, fault);
@@ -181,22 +189,22 @@ impl<'j> Merger<'j> {
             let text = draft.instruction.clone();
             self.search.found(Explanation::unfit(place.name(), text, dropped.clone()));
         }
-        self.ledger.dropped(place.source.name(), place.name(), &dropped, || draft.instruction);
+        self.ledger.dropped(place.source().name(), place.name(), &dropped, || draft.instruction);
     }
 
     fn admit_judged(&mut self, place: Place, row: JudgedRow) -> Result<()> {
         let JudgedRow { judged, original, sketch, tokens } = row;
         let Judged { draft, edits, dropped } = judged;
         let name = place.name();
-        if let Some(original) = &original {
-            if self.search.is_wanted(name, [original, &draft]) {
-                let pipeline = &self.judge.pipeline;
-                self.search.found(Explanation::judged(name, original.clone(), pipeline));
-            }
+        if let Some(original) = &original
+            && self.search.is_wanted(name, [original, &draft])
+        {
+            let pipeline = &self.judge.pipeline;
+            self.search.found(Explanation::judged(name, original.clone(), pipeline));
         }
         let before = || original.as_ref().map_or_else(String::new, |o| o.instruction.clone());
         let texts = || (before(), draft.instruction.clone());
-        self.ledger.edited(place.source.name(), name, &edits, texts);
+        self.ledger.edited(place.source().name(), name, &edits, texts);
         let prompt = draft.clone().into_prompt();
         let fingerprint = Fingerprint::of(self.rules, &draft.whole());
         let dropped = match dropped {
@@ -204,12 +212,11 @@ impl<'j> Merger<'j> {
             None => self.compare(place, fingerprint, sketch, &prompt)?,
         };
         if let Some(dropped) = dropped {
-            self.ledger.dropped(place.source.name(), name, &dropped, || prompt.instruction);
+            self.ledger.dropped(place.source().name(), name, &dropped, || prompt.instruction);
             return Ok(());
         }
         let key = self.order.output_key(&fingerprint);
-        let source = place.source as u8;
-        self.buckets.push(key, &Waiting { source, number: place.number, tokens, prompt })
+        self.buckets.push(key, &Waiting { place, tokens, prompt })
     }
 
     /// The rules that look at several prompts.
@@ -240,7 +247,7 @@ impl<'j> Merger<'j> {
                 return Ok(left_out);
             }
         }
-        if let Some(keys) = self.keys.get_mut(&place.source) {
+        if let Some(keys) = self.keys.get_mut(&place.source()) {
             keys.push(key);
         }
         Ok(None)
@@ -248,8 +255,8 @@ impl<'j> Merger<'j> {
 
     fn equal(&mut self, place: Place, fingerprint: Fingerprint) -> Option<Dropped> {
         let first = *self.seen.entry(fingerprint).or_insert(place);
-        let is_first = (first.source, first.number) == (place.source, place.number);
-        (!is_first).then(|| Dropped::with(DropReason::Duplicate, format!("of {}", first.name())))
+        (first != place)
+            .then(|| Dropped::with(DropReason::Duplicate, format!("of {}", first.name())))
     }
 
     fn similar(&mut self, place: Place, sketch: Sketch) -> Result<Option<Dropped>> {
@@ -274,19 +281,18 @@ impl<'j> Merger<'j> {
         let limited = self.selection.counts_prompts();
         let limits = self.selection.limits(std::mem::take(&mut self.keys));
         for waiting in self.buckets.into_ordered() {
-            let Waiting { source, number, tokens, prompt } = waiting?;
-            let place = Place { source: Source::ALL[usize::from(source)], number };
-            let dropped = limits.check(place.source, self.order.choice_key(&prompt.id));
+            let Waiting { place, tokens, prompt } = waiting?;
+            let dropped = limits.check(place.source(), self.order.choice_key(&prompt.id));
             if limited {
                 self.search.step(place.name(), "cap and mix", dropped.clone());
             }
             match dropped {
                 Some(dropped) => {
                     let text = || prompt.instruction;
-                    self.ledger.dropped(place.source.name(), place.name(), &dropped, text);
+                    self.ledger.dropped(place.source().name(), place.name(), &dropped, text);
                 }
                 None => {
-                    self.ledger.kept(place.source.name(), tokens);
+                    self.ledger.kept(place.source().name(), tokens);
                     writer.write(&prompt)?;
                 }
             }

@@ -22,3 +22,15 @@ mod cli;
 
 /// Our own sample data: every rule is met, both sets of rules.
 mod dummy_data;
+
+/// The rules that are off by default: near-duplicates, languages, benchmarks, samples, mixes.
+mod optional;
+
+/// The report, its page, and the way of one row.
+mod report;
+
+/// The example of the library, on a few rows.
+mod example;
+
+/// What the library must not need.
+mod dependencies;
