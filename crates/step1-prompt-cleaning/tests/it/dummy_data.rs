@@ -27,7 +27,6 @@ fn pipeline(folder: &Folder, compat: Option<Compat>, cap: usize, min_len: usize)
         max_samples_per_dataset: Some(cap),
         judge: judge.clone(),
         shared: following(compat),
-        ..SubsampleArgs::default()
     };
     let aggregate = AggregateArgs {
         data_files: vec![dummy_data("sharegpt.json")],

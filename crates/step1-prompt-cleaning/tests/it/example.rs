@@ -1,5 +1,5 @@
 #[path = "../../examples/own_rules.rs"]
-#[allow(dead_code, reason = "its main is for users")]
+#[allow(dead_code, unreachable_pub, reason = "it is a program, whose main is for users")]
 mod own_rules;
 
 use serde_json::json;
