@@ -47,6 +47,8 @@ mod length;
 mod lists;
 mod near_duplicates;
 mod pipeline;
+#[cfg(doctest)]
+mod readme;
 mod report;
 mod rules;
 mod selection;

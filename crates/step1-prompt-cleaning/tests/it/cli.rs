@@ -261,6 +261,31 @@ fn the_committed_settings_load_and_flags_win() {
 }
 
 #[test]
+fn what_the_settings_offer_in_comments_is_valid() {
+    let folder = Folder::new();
+    let text = fs::read_to_string(checkout().join("configs/step1_llama2_7b.toml")).unwrap();
+    let on: String = text
+        .lines()
+        .map(|line| line.strip_prefix("# ").filter(|rest| rest.contains(" = ")).unwrap_or(line))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    assert!(on.contains("\nnear_duplicates = 0.8\n"), "{on}");
+    let config = folder.write("on.toml", &on);
+    let mut args = vec!["clean-and-merge", "--output-file", "y.json", "--print-config"];
+    args.extend(["--dolly", "d", "--oasst", "o", "--sharegpt-prompt-path", "s"]);
+    args.extend(["--openorca-prompt-path", "p", "--config", path(&config)]);
+    let lists = checkout().join("configs/step1_lists.toml");
+    let tokenizer = small_tokenizer();
+    args.extend(["--lists", path(&lists), "--tokenizer", path(&tokenizer)]);
+    let output = step1(&args);
+    assert!(output.status.success(), "{}", stderr(&output));
+    // And what is printed of them can be read again.
+    let printed = folder.write("printed.toml", &output.stdout);
+    let again = step1(&["clean-and-merge", "--config", path(&printed), "--print-config"]);
+    assert_eq!(again.stdout, output.stdout, "{}", stderr(&again));
+}
+
+#[test]
 fn what_is_printed_can_be_read_again_and_unknown_keys_are_refused() {
     let folder = Folder::new();
     let args = ["clean-and-merge", "--dolly", "d.jsonl", "--output-file", "y.json", "--seed", "7"];
