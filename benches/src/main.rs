@@ -5,6 +5,7 @@
 #![allow(clippy::print_stdout, reason = "the printed rows are what a bench makes")]
 
 mod decode;
+mod end_to_end;
 mod load;
 mod machine;
 mod tensor_parallel;
@@ -33,6 +34,8 @@ enum Bench {
     /// One rank of `tp`.
     #[command(hide = true)]
     TpRank(tensor_parallel::RankArgs),
+    /// A queue of prompts behind the principles, until the last row has ended.
+    EndToEnd(end_to_end::EndToEndArgs),
     /// LoRA training tokens/s and memory on one fixed random batch.
     Train(train::TrainArgs),
 }
@@ -54,6 +57,7 @@ fn main() -> Result<()> {
         Bench::Load(args) => load::run(&args),
         Bench::Tp(args) => tensor_parallel::run(&args),
         Bench::TpRank(args) => tensor_parallel::run_rank(&args),
+        Bench::EndToEnd(args) => end_to_end::run(&args),
         Bench::Train(args) => train::run(&args),
     }
 }

@@ -20,7 +20,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    Generate(GenerateArgs),
+    Generate(Box<GenerateArgs>),
     #[command(
         alias = "merge_and_filter_self_align_with_dummy",
         alias = "merge_and_fileter_self_align_with_dummy"
@@ -32,7 +32,7 @@ enum Command {
 fn main() -> ExitCode {
     let Cli { common, command } = dromedary_command::parse();
     dromedary_command::run(|| match command {
-        Command::Generate(args) => commands::generate(args, &common),
+        Command::Generate(args) => commands::generate(*args, &common),
         Command::MergeAndFilter(args) => commands::merge_and_filter(args, &common),
         Command::Render(args) => commands::render(args, &common),
     })

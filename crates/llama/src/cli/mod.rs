@@ -28,7 +28,7 @@ pub struct Cli {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
-    Complete(complete::CompleteArgs),
+    Complete(Box<complete::CompleteArgs>),
     Inspect(inspect::InspectArgs),
     Merge(merge::MergeArgs),
     Plan(plan::PlanArgs),
@@ -48,7 +48,7 @@ impl Cli {
             init_logging(0, 1, common.verbosity());
         }
         match self.command {
-            Command::Complete(args) => complete::run(args, &common),
+            Command::Complete(args) => complete::run(*args, &common),
             Command::Inspect(args) => inspect::run(args, &common),
             Command::Merge(args) => merge::run(args, &common),
             Command::Plan(args) => plan::run(args, &common),

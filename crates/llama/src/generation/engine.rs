@@ -192,6 +192,7 @@ impl<'a> Engine<'a> {
     }
 
     fn run_rows(&mut self, caller: &mut Caller<'_>) -> Result<()> {
+        let begun = Instant::now();
         loop {
             if let Some(on_step) = &mut self.on_step {
                 on_step()?;
@@ -205,10 +206,20 @@ impl<'a> Engine<'a> {
                 self.prefill(caller)?;
                 self.statistics.prefill_seconds += started.elapsed().as_secs_f64();
             } else if self.slots[0].is_some() {
+                let full = self.slots.iter().all(Option::is_some);
                 self.decode(caller)?;
-                self.statistics.decode_seconds += started.elapsed().as_secs_f64();
+                let seconds = started.elapsed().as_secs_f64();
+                self.statistics.decode_seconds += seconds;
+                if full {
+                    self.statistics.full_steps += 1;
+                    self.statistics.full_seconds += seconds;
+                }
             } else {
                 return Ok(());
+            }
+            if !caller.drained {
+                self.statistics.queue_tokens = self.statistics.output_tokens;
+                self.statistics.queue_seconds = begun.elapsed().as_secs_f64();
             }
             if self.statistics.stopped {
                 return Ok(());

@@ -91,6 +91,14 @@ pub struct Statistics {
     /// Times that all logits of a row were looked at, because its likeliest tokens did not tell the
     /// next one.
     pub gathered_rows: u64,
+    /// Decode steps in which every slot had a row.
+    pub full_steps: u64,
+    /// Seconds in these steps.
+    pub full_seconds: f64,
+    /// Tokens that were chosen before the source had no more requests.
+    pub queue_tokens: u64,
+    /// Seconds until then.
+    pub queue_seconds: f64,
     /// Seconds in reading prompts.
     pub prefill_seconds: f64,
     /// Seconds in decode steps.

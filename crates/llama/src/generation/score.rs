@@ -179,9 +179,11 @@ impl Engine<'_> {
             .enumerate()
             .map(|(index, &id)| {
                 let maxima = ranks.clone().map(|rank| f64::from(of(rank, index)[0]));
-                // NaN where one is NaN, which no maximum would show.
-                let poison = maxima.clone().map(|max| max - max).sum::<f64>();
-                let max = maxima.fold(f64::NEG_INFINITY, f64::max) + poison;
+                let max = if maxima.clone().any(f64::is_nan) {
+                    f64::NAN
+                } else {
+                    maxima.fold(f64::NEG_INFINITY, f64::max)
+                };
                 let sum: f64 = ranks
                     .clone()
                     .map(|rank| {
