@@ -12,7 +12,7 @@ const SOON: Duration = Duration::from_secs(5);
 /// The same where nobody but the launcher sees that a process is gone.
 const KILLED: Duration = Duration::from_secs(10);
 
-/// Flags of `step2-self-align generate`: two rows at once, greedy.
+/// Flags of `step2-self-align generate`: two rows at once, drawn at random, the same in every run.
 fn flags(folder: &Path) -> Vec<String> {
     let path = |name: &str| folder.join(name).display().to_string();
     let mut flags = vec!["generate".to_owned()];
@@ -24,7 +24,9 @@ fn flags(folder: &Path) -> Vec<String> {
         ("--max-seq-len", "200".to_owned()),
         ("--max-gen-len", "24".to_owned()),
         ("--max-batch-size", "2".to_owned()),
-        ("--temperature", "0".to_owned()),
+        ("--temperature", "1".to_owned()),
+        ("--top-p", "1".to_owned()),
+        ("--deterministic", "true".to_owned()),
         ("--device", "cpu".to_owned()),
         ("--threads", "1".to_owned()),
     ] {
