@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
 
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -13,6 +14,7 @@ use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
 use tokenizers::{AddedToken as Word, AddedVocabulary, NormalizedString, Normalizer as _};
 
+use crate::count::{Borders, SpareMemories};
 use crate::format::{ConfigFile, TokenName, TokenizerFile, kind, steps};
 use crate::split::{GPT2_PATTERN, Split};
 use crate::tokenizer::{Decoder, Pipeline, Step, Token, byte_of_token};
@@ -22,7 +24,7 @@ use crate::{Error, Result, Tokenizer};
 const MAX_ID: u32 = 1 << 22;
 
 /// Sentencepiece's stand-in for the space, U+2581.
-const MARKER: char = '\u{2581}';
+pub(crate) const MARKER: char = '\u{2581}';
 
 pub(crate) fn open(path: &Path) -> Result<Tokenizer> {
     let file = if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() };
@@ -80,6 +82,8 @@ impl Builder {
         let template = self.first_of_template()?;
         let bos = configured(&self.config.bos_token).or(template).or_else(|| named("<s>"));
         let adds_bos = self.config.add_bos_token.unwrap_or(template.is_some());
+        let keeps_all = self.keeps_every_character(byte_level);
+        let borders = if keeps_all && !byte_level { Some(self.borders()?) } else { None };
         let longest = tokens.iter().flatten().map(|token| token.piece.chars().count()).max();
         Ok(Tokenizer {
             model,
@@ -91,7 +95,10 @@ impl Builder {
             bos,
             eos: configured(&self.config.eos_token).or_else(|| named("</s>")),
             adds_bos,
-            longest_piece: longest.filter(|_| self.keeps_every_character(byte_level)),
+            longest_piece: longest.filter(|_| keeps_all),
+            borders,
+            memories: SpareMemories::default(),
+            merged_bytes: AtomicU64::new(0),
             fingerprint: fingerprint(bytes, bos.filter(|_| adds_bos)),
         })
     }
@@ -177,11 +184,7 @@ impl Builder {
             return Err(self.unsupported("model", "ignore_merges with byte fallback"));
         }
         let unknown = model.unk_token.as_ref().filter(|_| !byte_level);
-        let special = self.file.added_tokens.iter().filter(|token| token.special);
-        let special: BTreeSet<&String> = special.map(|token| &token.content).collect();
-        let hidden = |piece: &String| {
-            special.contains(piece) || (!byte_level && byte_of_token(piece).is_some())
-        };
+        let special = self.special();
         let kept = |piece: &String| !special.contains(piece) || unknown == Some(piece);
         let pieces = model.vocab.iter().filter(|(piece, _)| kept(piece));
         // The crate gives an added word the id that the vocabulary has for it.
@@ -189,7 +192,7 @@ impl Builder {
         let words = words.map(|word| (&word.content, &word.id));
         let vocab: Vocab = pieces.chain(words).map(|(piece, id)| (piece.clone(), *id)).collect();
         let mut builder = BPE::builder()
-            .vocab_and_merges(vocab, self.merges(hidden)?)
+            .vocab_and_merges(vocab, self.merges(byte_level)?)
             .fuse_unk(model.fuse_unk)
             .byte_fallback(model.byte_fallback && !byte_level)
             .ignore_merges(model.ignore_merges);
@@ -201,8 +204,12 @@ impl Builder {
 
     /// All merges but those of hidden pieces: a conversion from sentencepiece may list every way to
     /// put a piece together, control tokens included.
-    fn merges(&self, hidden: impl Fn(&String) -> bool) -> Result<Merges> {
+    fn merges(&self, byte_level: bool) -> Result<Merges> {
         let model = &self.file.model;
+        let special = self.special();
+        let hidden = |piece: &String| {
+            special.contains(piece) || (!byte_level && byte_of_token(piece).is_some())
+        };
         let mut merges = Merges::new();
         for (rank, merge) in model.merges.iter().enumerate() {
             let (left, right) = merge
@@ -213,12 +220,24 @@ impl Builder {
                 let message = format!("merge needs {piece:?}, which is not in the vocabulary");
                 return Err(self.inconsistent(message));
             }
-            if !pieces.iter().any(&hidden) {
+            if !pieces.iter().any(hidden) {
                 let [left, right, _] = pieces;
                 merges.push((left, right));
             }
         }
         Ok(merges)
+    }
+
+    fn special(&self) -> BTreeSet<&String> {
+        let special = self.file.added_tokens.iter().filter(|token| token.special);
+        special.map(|token| &token.content).collect()
+    }
+
+    /// Where a text of sentencepiece's kind may be cut.
+    fn borders(&self) -> Result<Borders> {
+        let pieces: Vec<String> =
+            self.merges(false)?.into_iter().map(|(left, right)| left + &right).collect();
+        Ok(Borders::of(pieces.iter().map(String::as_str)))
     }
 
     /// Plain words that texts are searched for.
@@ -244,7 +263,8 @@ impl Builder {
         if !self.file.model.vocab.contains_key(&marker) {
             return Err(self.inconsistent("the vocabulary has no piece for the space, U+2581"));
         }
-        let mut pipeline = Pipeline { normalizer: Sequence::new(vec![]), pre_tokenizers: vec![] };
+        let normalizer = Sequence::new(vec![]);
+        let mut pipeline = Pipeline { normalizer, pre_tokenizers: vec![], prefix: "" };
         match (&self.file.normalizer, &self.file.pre_tokenizer) {
             (None, Some(step)) if kind(step) == "Metaspace" => {
                 let mut step: Metaspace = self.parse(step)?;
@@ -264,6 +284,7 @@ impl Builder {
                 let prepend = prepends.then(|| Prepend::new(marker).into());
                 let steps = prepend.into_iter().chain([replace.into()]).collect();
                 pipeline.normalizer = Sequence::new(steps);
+                pipeline.prefix = if prepends { " " } else { "" };
             }
         }
         Ok(pipeline)
@@ -306,7 +327,7 @@ impl Builder {
         }
         let bytes = bytes.add_prefix_space(space && !bytes.use_regex).use_regex(false);
         pre_tokenizers.push(Box::new(bytes));
-        Ok(Pipeline { normalizer: Sequence::new(vec![]), pre_tokenizers })
+        Ok(Pipeline { normalizer: Sequence::new(vec![]), pre_tokenizers, prefix: "" })
     }
 
     /// A step before bytes are mapped.

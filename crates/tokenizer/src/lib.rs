@@ -23,6 +23,7 @@
 //! ```
 
 mod build;
+mod count;
 mod error;
 mod format;
 mod split;

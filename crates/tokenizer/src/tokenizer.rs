@@ -1,11 +1,22 @@
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokenizers::decoders::byte_level::ByteLevel;
 use tokenizers::models::bpe::BPE;
 use tokenizers::normalizers::{Replace, Sequence};
-use tokenizers::{AddedVocabulary, Decoder as _, Model as _, OffsetType, PreTokenizer};
+use tokenizers::{
+    AddedVocabulary, Decoder as _, Model as _, OffsetReferential, OffsetType, PreTokenizedString,
+    PreTokenizer,
+};
 
+use crate::build::MARKER;
+use crate::count::{Borders, SpareMemories, Sum};
 use crate::{Result, build};
+
+/// Why the crate's pipeline cannot fail: it does for parts outside of the text and for an unknown
+/// token that is not in the vocabulary. But parts are what a pattern has found in the text, and
+/// the unknown token is looked up when the file is opened.
+const CHECKED: &str = "the parts were checked when the file was opened";
 
 /// A tokenizer of the LLaMA family. It can be shared between threads.
 pub struct Tokenizer {
@@ -24,6 +35,10 @@ pub struct Tokenizer {
     /// Characters (sentencepiece) or bytes (byte-level) of the longest token, if each character of
     /// any text is in some token.
     pub(crate) longest_piece: Option<usize>,
+    /// Where a text may be cut before its tokens are counted, if anywhere.
+    pub(crate) borders: Option<Borders>,
+    pub(crate) memories: SpareMemories,
+    pub(crate) merged_bytes: AtomicU64,
     pub(crate) fingerprint: String,
 }
 
@@ -42,6 +57,8 @@ pub(crate) struct Token {
 pub(crate) struct Pipeline {
     pub(crate) normalizer: Sequence,
     pub(crate) pre_tokenizers: Vec<Step>,
+    /// What the normalizer puts before a text, markers as spaces.
+    pub(crate) prefix: &'static str,
 }
 
 pub(crate) type Step = Box<dyn PreTokenizer + Send + Sync>;
@@ -75,27 +92,36 @@ impl Tokenizer {
         self.leading_bos().into_iter().chain(self.encode(text)).collect()
     }
 
-    /// Number of ids that [`Self::encode_with_bos`] gives.
+    /// Number of ids that [`Self::encode_with_bos`] gives, mostly without making them: words are
+    /// counted alone where the vocabulary allows it, and those seen before are remembered.
     pub fn len_with_bos(&self, text: &str) -> usize {
-        usize::from(self.adds_bos()) + self.encode(text).len()
+        usize::from(self.adds_bos()) + self.count(text, usize::MAX)
     }
 
     /// True if the text has at most `max_tokens` ids, BOS counted where the model has one. Most
-    /// texts are decided by their length alone.
+    /// texts are decided by their length alone; others are counted until the answer is known.
     pub fn fits(&self, text: &str, max_tokens: usize) -> bool {
-        let bos = usize::from(self.adds_bos());
+        let Some(max) = max_tokens.checked_sub(usize::from(self.adds_bos())) else {
+            return false;
+        };
         // An added word can be longer than any piece, and each one can start a new prefix.
         if self.added.is_empty() {
             let least = self.longest_piece.map_or(0, |piece| text.chars().count().div_ceil(piece));
             let most = text.len() + 1; // with a prefix
-            if bos + most <= max_tokens {
+            if most <= max {
                 return true;
             }
-            if bos + least > max_tokens {
+            if least > max {
                 return false;
             }
         }
-        self.len_with_bos(text) <= max_tokens
+        self.count(text, max) <= max
+    }
+
+    /// Bytes of text that went through the merges since the tokenizer was opened: what encoding
+    /// and counting have cost.
+    pub fn merged_bytes(&self) -> u64 {
+        self.merged_bytes.load(Ordering::Relaxed)
     }
 
     /// The ids of `target` where it follows `source`: the ids of both, joined, decode to both
@@ -173,22 +199,63 @@ impl Tokenizer {
         self.entry(id).filter(|token| !token.special).map(|token| token.spelled.clone())
     }
 
-    /// The crate's pipeline fails for parts outside of the text and for an unknown token that is
-    /// not in the vocabulary. Neither can be: parts are what a pattern has found in the text, and
-    /// the unknown token is looked up when the file is opened.
     fn ids(&self, pipeline: &Pipeline, text: &str) -> Vec<u32> {
-        self.encoding(pipeline, text).expect("the parts were checked when the file was opened")
+        self.encoding(pipeline, text).expect(CHECKED)
     }
 
     /// As the crate's `Tokenizer` does it. We keep its parts apart because texts go through two
     /// pipelines, and the vocabulary should be in memory once.
     fn encoding(&self, pipeline: &Pipeline, text: &str) -> tokenizers::Result<Vec<u32>> {
+        let mut parts = self.parts(pipeline, text)?;
+        parts.tokenize(|part| self.merge(part.get()))?;
+        Ok(parts.into_encoding(None, 0, OffsetType::None)?.get_ids().to_vec())
+    }
+
+    fn parts(&self, pipeline: &Pipeline, text: &str) -> tokenizers::Result<PreTokenizedString> {
         let mut parts = self.added.extract_and_normalize(Some(&pipeline.normalizer), text);
         for step in &pipeline.pre_tokenizers {
             step.pre_tokenize(&mut parts)?;
         }
-        parts.tokenize(|part| self.model.tokenize(part.get()))?;
-        Ok(parts.into_encoding(None, 0, OffsetType::None)?.get_ids().to_vec())
+        Ok(parts)
+    }
+
+    fn merge(&self, part: &str) -> tokenizers::Result<Vec<tokenizers::Token>> {
+        self.merged_bytes.fetch_add(part.len() as u64, Ordering::Relaxed);
+        self.model.tokenize(part)
+    }
+
+    /// Number of ids that [`Self::encode`] gives, if it is at most `max`; else any number that is
+    /// more. Below a `max` that is a limit at all, a smaller number will do, too.
+    fn count(&self, text: &str, max: usize) -> usize {
+        self.memories.with(|seen| {
+            let count = |word: &str| {
+                let word = word.replace(' ', MARKER.encode_utf8(&mut [0; 4]));
+                self.merge(&word).expect(CHECKED).len()
+            };
+            let mut sum = Sum::new(seen, max, self.longest_piece, &count);
+            self.add_words(&mut sum, text).expect(CHECKED);
+            sum.tokens()
+        })
+    }
+
+    fn add_words(&self, sum: &mut Sum<'_>, text: &str) -> tokenizers::Result<()> {
+        let pipeline = &self.at_start;
+        let borders = self.borders.as_ref();
+        if let (Some(borders), [], true) =
+            (borders, &*pipeline.pre_tokenizers, self.added.is_empty())
+        {
+            sum.add_text(borders, pipeline.prefix, text);
+            return Ok(());
+        }
+        let parts = self.parts(pipeline, text)?;
+        for (part, _, word) in parts.get_splits(OffsetReferential::Normalized, OffsetType::None) {
+            match (word, borders) {
+                (Some(added), _) => sum.add_tokens(added.len()),
+                (None, Some(borders)) => sum.add_text(borders, "", part),
+                (None, None) => sum.add_word("", part),
+            }
+        }
+        Ok(())
     }
 
     /// The text of what [`Self::spelled`] gives, its leading space kept.

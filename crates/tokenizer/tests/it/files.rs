@@ -28,6 +28,8 @@ fn as_in_hugging_face(change: &str, file: &Value) -> Tokenizer {
     let tokenizer = opened(file);
     for (text, ids) in golden::of_changed(change) {
         assert_eq!(tokenizer.encode(&text), ids, "{change} {text:?}");
+        let bos = usize::from(tokenizer.adds_bos());
+        assert_eq!(tokenizer.len_with_bos(&text), bos + ids.len(), "{change} {text:?}");
     }
     proptest!(cases(300), |(text in text())| {
         prop_assert_eq!(tokenizer.fits(&text, 12), tokenizer.len_with_bos(&text) <= 12);

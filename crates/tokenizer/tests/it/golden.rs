@@ -56,6 +56,7 @@ fn ids_are_those_of_the_python_package() {
         }
         for (text, ids) in &golden.with_bos {
             assert_eq!(&tokenizer.encode_with_bos(text), ids, "{} {text:?}", vocabulary.name);
+            assert_eq!(tokenizer.len_with_bos(text), ids.len(), "{} {text:?}", vocabulary.name);
         }
     }
 }
@@ -71,6 +72,8 @@ fn a_megabyte_of_one_thing_is_encoded_and_decoded_in_time() {
             let started = Instant::now();
             let ids = tokenizer.encode(&text);
             assert!(!tokenizer.fits(&text, 256));
+            let length = large.count + usize::from(tokenizer.adds_bos());
+            assert_eq!(tokenizer.len_with_bos(&text), length);
             let decoded = tokenizer.decode(&ids);
             let case = format!("{} {:?}", vocabulary.name, large.unit);
             assert!(started.elapsed() < Duration::from_secs(20), "{case}");
