@@ -60,6 +60,22 @@ impl Progress {
         }
     }
 
+    /// The total is known, or estimated better than before.
+    pub fn set_total(&self, total: u64) {
+        match &self.display {
+            Display::Hidden => {}
+            Display::Bar(bar) => {
+                if bar.length().is_none() {
+                    set_style(bar, WITH_TOTAL);
+                }
+                bar.set_length(total);
+            }
+            Display::Lines(lines) => {
+                lines.lock().unwrap_or_else(PoisonError::into_inner).total = Some(total);
+            }
+        }
+    }
+
     /// A short remark behind the numbers, such as the last loss.
     pub fn message(&self, message: impl Into<Cow<'static, str>>) {
         match &self.display {
@@ -92,17 +108,20 @@ impl Drop for Progress {
     }
 }
 
-fn bar(total: Option<u64>, unit: &'static str) -> ProgressBar {
-    let template = match total {
-        Some(_) => "{wide_bar} {human_pos}/{human_len} {prefix} {per_sec} eta {eta} {msg}",
-        None => "{spinner} {human_pos} {prefix} {per_sec} {elapsed} {msg}",
-    };
-    let bar =
-        crate::logging::bars().add(total.map_or_else(ProgressBar::no_length, ProgressBar::new));
-    bar.set_prefix(unit);
+const WITH_TOTAL: &str = "{wide_bar} {human_pos}/{human_len} {prefix} {per_sec} eta {eta} {msg}";
+const WITHOUT_TOTAL: &str = "{spinner} {human_pos} {prefix} {per_sec} {elapsed} {msg}";
+
+fn set_style(bar: &ProgressBar, template: &str) {
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style);
     }
+}
+
+fn bar(total: Option<u64>, unit: &'static str) -> ProgressBar {
+    let bar =
+        crate::logging::bars().add(total.map_or_else(ProgressBar::no_length, ProgressBar::new));
+    bar.set_prefix(unit);
+    set_style(&bar, if total.is_some() { WITH_TOTAL } else { WITHOUT_TOTAL });
     bar.enable_steady_tick(TICK);
     bar
 }
@@ -173,6 +192,16 @@ mod tests {
         lines.message = "loss 1.5".into();
         let due = at(&lines, 20);
         assert_eq!(lines.inc(5, due).unwrap(), "5 steps, 0.25/s, loss 1.5");
+    }
+
+    #[test]
+    fn a_total_that_comes_later_gives_the_time_left() {
+        let progress = Progress { display: Display::Lines(Mutex::new(Lines::new(None, "rows"))) };
+        progress.set_total(30);
+        let Display::Lines(lines) = &progress.display else { panic!("lines were asked for") };
+        let mut lines = lines.lock().unwrap();
+        let due = at(&lines, 10);
+        assert_eq!(lines.inc(10, due).unwrap(), "10/30 rows, 1.00/s, 20 seconds left");
     }
 
     #[test]

@@ -18,9 +18,49 @@ pub struct JsonlReader<R, T> {
     path: PathBuf,
     lines: R,
     line: u64,
-    buffer: Vec<u8>,
     broken: bool,
     row: PhantomData<fn() -> T>,
+}
+
+/// A line that is not parsed yet: that is most of the work of reading, and any thread can do it.
+#[derive(Clone, Debug)]
+pub struct JsonLine {
+    number: u64,
+    text: Vec<u8>,
+    end: End,
+}
+
+impl JsonLine {
+    /// Its number, from 1.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Its bytes.
+    pub fn text(&self) -> &[u8] {
+        match self.number {
+            1 => self.text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&self.text),
+            _ => &self.text,
+        }
+    }
+
+    /// The row on it; `path` is for the errors.
+    ///
+    /// # Errors
+    /// [`Error::Row`] and [`Error::TornTail`], as [`read_jsonl`] says.
+    pub fn parse<T: DeserializeOwned>(&self, path: &Path) -> Result<T> {
+        let row_error =
+            |message: String| Error::Row { path: path.to_owned(), line: self.number, message };
+        if matches!(self.end, End::TooLong) {
+            return Err(row_error(format!("it is longer than {MAX_LINE_BYTES} bytes")));
+        }
+        serde_json::from_slice(self.text()).map_err(|error| match self.end {
+            End::File if error.is_eof() => {
+                Error::TornTail { path: path.to_owned(), line: self.number }
+            }
+            _ => row_error(one_line(&error)),
+        })
+    }
 }
 
 /// Reads a file of one JSON value per line.
@@ -42,6 +82,7 @@ pub fn read_jsonl<T: DeserializeOwned>(
 }
 
 /// How a line ended.
+#[derive(Clone, Copy, Debug)]
 enum End {
     Newline,
     TooLong,
@@ -51,14 +92,7 @@ enum End {
 impl<R: BufRead, T: DeserializeOwned> JsonlReader<R, T> {
     /// Reads rows from any source; `path` is for the errors.
     pub fn new(lines: R, path: impl Into<PathBuf>) -> JsonlReader<R, T> {
-        JsonlReader {
-            path: path.into(),
-            lines,
-            line: 0,
-            buffer: Vec::new(),
-            broken: false,
-            row: PhantomData,
-        }
+        JsonlReader { path: path.into(), lines, line: 0, broken: false, row: PhantomData }
     }
 
     /// The number of the line that was read last.
@@ -66,41 +100,44 @@ impl<R: BufRead, T: DeserializeOwned> JsonlReader<R, T> {
         self.line
     }
 
-    fn read_line(&mut self) -> io::Result<End> {
-        self.buffer.clear();
-        let limit = MAX_LINE_BYTES as u64 + 1;
-        (&mut self.lines).take(limit).read_until(b'\n', &mut self.buffer)?;
-        if self.buffer.last() == Some(&b'\n') {
-            self.buffer.pop();
-            return Ok(End::Newline);
+    /// The next line that is not blank, without looking into it.
+    pub fn next_line(&mut self) -> Option<Result<JsonLine>> {
+        while !self.broken {
+            let (text, end) = match self.read_line() {
+                Ok(line) => line,
+                Err(source) => {
+                    self.broken = true;
+                    return Some(Err(Error::Read { path: self.path.clone(), source }));
+                }
+            };
+            if matches!(end, End::File) {
+                self.broken = true;
+                if text.is_empty() {
+                    return None;
+                }
+            }
+            self.line += 1;
+            let line = JsonLine { number: self.line, text, end };
+            if !line.text().iter().all(u8::is_ascii_whitespace) {
+                return Some(Ok(line));
+            }
         }
-        if self.buffer.len() <= MAX_LINE_BYTES {
-            return Ok(End::File);
+        None
+    }
+
+    fn read_line(&mut self) -> io::Result<(Vec<u8>, End)> {
+        let mut text = Vec::new();
+        let limit = MAX_LINE_BYTES as u64 + 1;
+        (&mut self.lines).take(limit).read_until(b'\n', &mut text)?;
+        if text.last() == Some(&b'\n') {
+            text.pop();
+            return Ok((text, End::Newline));
+        }
+        if text.len() <= MAX_LINE_BYTES {
+            return Ok((text, End::File));
         }
         self.lines.skip_until(b'\n')?;
-        Ok(End::TooLong)
-    }
-
-    fn content(&self) -> &[u8] {
-        let content = &self.buffer[..];
-        if self.line == 1 {
-            return content.strip_prefix(BYTE_ORDER_MARK).unwrap_or(content);
-        }
-        content
-    }
-
-    fn parse(&self, end: &End) -> Result<T> {
-        let row_error =
-            |message: String| Error::Row { path: self.path.clone(), line: self.line, message };
-        if matches!(end, End::TooLong) {
-            return Err(row_error(format!("it is longer than {MAX_LINE_BYTES} bytes")));
-        }
-        serde_json::from_slice(self.content()).map_err(|error| match end {
-            End::File if error.is_eof() => {
-                Error::TornTail { path: self.path.clone(), line: self.line }
-            }
-            _ => row_error(one_line(&error)),
-        })
+        Ok((text, End::TooLong))
     }
 }
 
@@ -121,26 +158,7 @@ impl<R: BufRead, T: DeserializeOwned> Iterator for JsonlReader<R, T> {
     type Item = Result<(u64, T)>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        while !self.broken {
-            let end = match self.read_line() {
-                Ok(end) => end,
-                Err(source) => {
-                    self.broken = true;
-                    return Some(Err(Error::Read { path: self.path.clone(), source }));
-                }
-            };
-            if matches!(end, End::File) {
-                self.broken = true;
-                if self.buffer.is_empty() {
-                    return None;
-                }
-            }
-            self.line += 1;
-            if !self.content().iter().all(u8::is_ascii_whitespace) {
-                return Some(self.parse(&end).map(|row| (self.line, row)));
-            }
-        }
-        None
+        Some(self.next_line()?.and_then(|line| Ok((line.number, line.parse(&self.path)?))))
     }
 }
 
@@ -222,10 +240,11 @@ mod tests {
         let long = io::repeat(b'x').take(3 * MAX_LINE_BYTES as u64);
         let text = BufReader::new(long.chain(&b"\n"[..]).chain(&row[..]));
         let mut reader = JsonlReader::<_, Row>::new(text, "x.jsonl");
-        let error = reader.next().unwrap().unwrap_err().to_string();
+        let line = reader.next_line().unwrap().unwrap();
+        assert!(line.text.capacity() <= 2 * MAX_LINE_BYTES + 64);
+        let error = line.parse::<Row>(Path::new("x.jsonl")).unwrap_err().to_string();
         assert!(error.contains("line 1: it is longer than"), "{error}");
         assert_eq!(reader.next().unwrap().unwrap().0, 2);
-        assert!(reader.buffer.capacity() <= 2 * MAX_LINE_BYTES + 64);
         assert!(reader.next().is_none());
     }
 

@@ -45,7 +45,7 @@ mod readme;
 pub use atomic_dir::AtomicDir;
 pub use atomic_file::{AtomicFile, write_atomic};
 pub use error::{Error, Result};
-pub use jsonl::{JsonlReader, MAX_LINE_BYTES, read_jsonl};
+pub use jsonl::{JsonLine, JsonlReader, MAX_LINE_BYTES, read_jsonl};
 pub use jsonl_append::{JsonlAppender, Recovered};
 pub use lock::{Holder, Lock, LockOptions};
 pub use manifest::{FileEntry, MANIFEST_NAME, Manifest, hash_file};

@@ -33,7 +33,7 @@
 //! # }
 //! ```
 
-mod array;
+mod elements;
 mod error;
 mod ids;
 mod prompts;
@@ -46,6 +46,6 @@ mod write;
 pub use error::{Error, Result};
 pub use ids::{RowIds, row_id};
 pub use prompts::{Prompts, read_prompts};
-pub use read::{Rows, read_rows};
+pub use read::{RawRow, RawRows, ReadProgress, Rows, read_raw_rows, read_rows};
 pub use rows::{AlignedResponse, FinishReason, Prompt, TrainingRow, UNKNOWN_SOURCE};
-pub use write::RowWriter;
+pub use write::{EncodedRow, RowEncoder, RowWriter};

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use dromedary_files::AtomicFile;
 use flate2::write::GzEncoder;
 use serde::Serialize;
+use serde_json::ser::{Formatter as _, PrettyFormatter};
 
 use crate::{Error, Result};
 
@@ -70,17 +71,30 @@ impl RowWriter {
     /// # Errors
     /// [`Error::Write`] where it has no JSON form, [`Error::File`] where the disk is full.
     pub fn write(&mut self, row: &impl Serialize) -> Result<()> {
-        let text = match self.format {
-            Format::Array => serde_json::to_string_pretty(row).map(|text| {
-                let comma = if self.rows == 0 { "[" } else { "," };
-                // Within strings of JSON a line end is escaped, so these are all between tokens.
-                format!("{comma}\n  {}", text.replace('\n', "\n  "))
-            }),
-            Format::Lines => serde_json::to_string(row).map(|text| text + "\n"),
+        let row = self.encoder().encode(row)?;
+        self.write_encoded(&row)
+    }
+
+    /// What encodes the rows of this file, on several threads for example.
+    pub fn encoder(&self) -> RowEncoder {
+        RowEncoder { path: self.path.clone(), format: self.format }
+    }
+
+    /// Writes a row that the [`encoder`](RowWriter::encoder) of this file has made.
+    ///
+    /// # Errors
+    /// [`Error::File`] where the disk is full.
+    pub fn write_encoded(&mut self, row: &EncodedRow) -> Result<()> {
+        let before = match (self.format, self.rows) {
+            (Format::Lines, _) => "",
+            (Format::Array, 0) => "[",
+            (Format::Array, _) => ",",
         };
-        let text = text.map_err(|error| Error::write(&self.path)(error.into()))?;
         self.rows += 1;
-        self.sink.write_all(text.as_bytes()).map_err(Error::write(&self.path))
+        self.sink
+            .write_all(before.as_bytes())
+            .and_then(|()| self.sink.write_all(&row.text))
+            .map_err(Error::write(&self.path))
     }
 
     /// Completes the file and lets it appear; returns how many rows it has.
@@ -98,6 +112,47 @@ impl RowWriter {
         file.commit()?;
         Ok(self.rows)
     }
+}
+
+/// Encodes rows for a [`RowWriter`].
+#[derive(Clone, Debug)]
+pub struct RowEncoder {
+    path: PathBuf,
+    format: Format,
+}
+
+/// A row as it stands in its file.
+#[derive(Clone, Debug)]
+pub struct EncodedRow {
+    text: Vec<u8>,
+}
+
+impl RowEncoder {
+    /// The row as the file will have it.
+    ///
+    /// # Errors
+    /// [`Error::Write`] where it has no JSON form.
+    pub fn encode(&self, row: &impl Serialize) -> Result<EncodedRow> {
+        let encoded = match self.format {
+            Format::Array => indented(row),
+            Format::Lines => serde_json::to_vec(row).map(|mut text| {
+                text.push(b'\n');
+                text
+            }),
+        };
+        let text = encoded.map_err(|error| Error::write(&self.path)(error.into()))?;
+        Ok(EncodedRow { text })
+    }
+}
+
+/// A row on lines of its own, as an element of an array.
+fn indented(row: &impl Serialize) -> serde_json::Result<Vec<u8>> {
+    let mut text = b"\n  ".to_vec();
+    let mut formatter = PrettyFormatter::with_indent(b"  ");
+    // As if within an array: what that writes is written by the file.
+    formatter.begin_array(&mut io::sink()).map_err(serde_json::Error::io)?;
+    row.serialize(&mut serde_json::Serializer::with_formatter(&mut text, formatter))?;
+    Ok(text)
 }
 
 fn has_ending(path: &Path, endings: &[&str]) -> bool {

@@ -2,6 +2,7 @@ use std::io::{self, BufWriter, Read, Seek, Write};
 use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tempfile::SpooledTempFile;
@@ -24,7 +25,28 @@ pub(crate) struct KeyedBuckets<T> {
     rows: PhantomData<T>,
 }
 
-impl<T: Serialize + DeserializeOwned> KeyedBuckets<T> {
+/// A row that comes out of a bucket.
+pub(crate) struct Entry<T> {
+    pub(crate) key: u128,
+    /// What was given with it.
+    pub(crate) number: u64,
+    pub(crate) row: T,
+}
+
+/// A row as buckets hold it: encoding it is most of the work, and any thread can do it.
+pub(crate) struct Spilled {
+    key: u128,
+    json: Vec<u8>,
+}
+
+impl Spilled {
+    /// A row; keys should be evenly distributed.
+    pub(crate) fn new(key: u128, row: &impl Serialize) -> serde_json::Result<Spilled> {
+        Ok(Spilled { key, json: serde_json::to_vec(row)? })
+    }
+}
+
+impl<T: Serialize + DeserializeOwned + Send> KeyedBuckets<T> {
     /// Buckets on the disk that `output` will be written to.
     pub(crate) fn beside(output: &Path) -> KeyedBuckets<T> {
         let folder = folder_of(output);
@@ -35,21 +57,41 @@ impl<T: Serialize + DeserializeOwned> KeyedBuckets<T> {
 
     /// Adds a row; keys should be evenly distributed.
     pub(crate) fn push(&mut self, key: u128, row: &T) -> Result<()> {
-        // The shift leaves a number below BUCKETS.
-        let bucket = &mut self.buckets[(key >> SHIFT) as usize];
-        write_row(bucket, key, row)
+        self.push_spilled(0, Spilled::new(key, row))
+    }
+
+    /// Adds a row that was encoded elsewhere, and its number.
+    pub(crate) fn push_spilled(
+        &mut self,
+        number: u64,
+        row: serde_json::Result<Spilled>,
+    ) -> Result<()> {
+        row.map_err(io::Error::from)
+            .and_then(|row| {
+                // The shift leaves a number below BUCKETS.
+                write_row(&mut self.buckets[(row.key >> SHIFT) as usize], number, &row)
+            })
             .map_err(|source| Error::Spill { folder: self.folder.clone(), source })
+    }
+
+    /// The rows bucket by bucket, each in the order of the keys; rows with the same key are in the
+    /// same bucket, in the order in which they came. The rows stay in the buckets.
+    pub(crate) fn ordered(&mut self) -> impl Iterator<Item = Result<Vec<Entry<T>>>> {
+        let folder = &self.folder;
+        self.buckets.iter_mut().map(|bucket| {
+            read_sorted(bucket).map_err(|source| Error::Spill { folder: folder.clone(), source })
+        })
     }
 
     /// The rows in the order of their keys.
     pub(crate) fn into_ordered(self) -> impl Iterator<Item = Result<T>> {
         let KeyedBuckets { buckets, folder, .. } = self;
-        buckets.into_iter().flat_map(move |bucket| {
-            let (rows, error) = match read_sorted(bucket) {
+        buckets.into_iter().flat_map(move |mut bucket| {
+            let (rows, error) = match read_sorted(&mut bucket) {
                 Ok(rows) => (rows, None),
                 Err(source) => (Vec::new(), Some(Error::Spill { folder: folder.clone(), source })),
             };
-            rows.into_iter().map(|(_, row)| Ok(row)).chain(error.map(Err))
+            rows.into_iter().map(|entry| Ok(entry.row)).chain(error.map(Err))
         })
     }
 }
@@ -62,18 +104,19 @@ pub(crate) fn folder_of(file: &Path) -> PathBuf {
     }
 }
 
-/// The key in 16 bytes, the length of the row in 8, the row as JSON.
-fn write_row(bucket: &mut impl Write, key: u128, row: &impl Serialize) -> io::Result<()> {
-    let json = serde_json::to_vec(row)?;
-    bucket.write_all(&key.to_le_bytes())?;
-    bucket.write_all(&(json.len() as u64).to_le_bytes())?;
-    bucket.write_all(&json)
+/// The key in 16 bytes, the number in 8, the length of the row in 8, the row as JSON.
+fn write_row(bucket: &mut impl Write, number: u64, row: &Spilled) -> io::Result<()> {
+    bucket.write_all(&row.key.to_le_bytes())?;
+    bucket.write_all(&number.to_le_bytes())?;
+    bucket.write_all(&(row.json.len() as u64).to_le_bytes())?;
+    bucket.write_all(&row.json)
 }
 
-fn read_sorted<T: DeserializeOwned>(
-    bucket: BufWriter<SpooledTempFile>,
-) -> io::Result<Vec<(u128, T)>> {
-    let mut file = bucket.into_inner().map_err(io::IntoInnerError::into_error)?;
+fn read_sorted<T: DeserializeOwned + Send>(
+    bucket: &mut BufWriter<SpooledTempFile>,
+) -> io::Result<Vec<Entry<T>>> {
+    bucket.flush()?;
+    let file = bucket.get_mut();
     file.rewind()?;
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes)?;
@@ -82,15 +125,19 @@ fn read_sorted<T: DeserializeOwned>(
     while !rest.is_empty() {
         rows.push(read_row(&mut rest)?);
     }
-    rows.sort_by_key(|&(key, _)| key);
-    Ok(rows)
+    rows.sort_by_key(|entry| entry.key);
+    let parse = |Entry { key, number, row }: Entry<&[u8]>| {
+        Ok(Entry { key, number, row: serde_json::from_slice(row)? })
+    };
+    rows.into_par_iter().map(parse).collect()
 }
 
-fn read_row<T: DeserializeOwned>(bytes: &mut &[u8]) -> io::Result<(u128, T)> {
-    let (mut key, mut len) = ([0; 16], [0; 8]);
+fn read_row<'b>(bytes: &mut &'b [u8]) -> io::Result<Entry<&'b [u8]>> {
+    let (mut key, mut number, mut len) = ([0; 16], [0; 8], [0; 8]);
     bytes.read_exact(&mut key)?;
+    bytes.read_exact(&mut number)?;
     bytes.read_exact(&mut len)?;
     let len = usize::try_from(u64::from_le_bytes(len)).map_err(io::Error::other)?;
-    let json = bytes.split_off(..len).ok_or(io::ErrorKind::UnexpectedEof)?;
-    Ok((u128::from_le_bytes(key), serde_json::from_slice(json)?))
+    let row = bytes.split_off(..len).ok_or(io::ErrorKind::UnexpectedEof)?;
+    Ok(Entry { key: u128::from_le_bytes(key), number: u64::from_le_bytes(number), row })
 }

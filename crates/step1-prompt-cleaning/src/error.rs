@@ -21,6 +21,14 @@ pub enum Error {
         /// What the reader said.
         source: polars::error::PolarsError,
     },
+    /// A parquet file contradicts itself, or is made to break what reads it.
+    #[error("{} is damaged: {message}", path.display())]
+    DamagedParquet {
+        /// The file.
+        path: PathBuf,
+        /// What cannot be.
+        message: String,
+    },
     /// A parquet file lacks a column.
     #[error("{}: there is no column `{column}`, only {}", path.display(), found.join(", "))]
     MissingColumn {

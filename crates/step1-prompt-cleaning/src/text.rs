@@ -19,7 +19,11 @@ pub fn normalize(text: &str) -> String {
         if !normalized.is_empty() {
             normalized.push(' ');
         }
-        normalized.push_str(&word.to_lowercase());
+        if word.is_ascii() {
+            normalized.extend(word.bytes().map(|byte| char::from(byte.to_ascii_lowercase())));
+        } else {
+            normalized.push_str(&word.to_lowercase());
+        }
     }
     normalized
 }

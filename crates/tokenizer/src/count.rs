@@ -110,7 +110,8 @@ impl SeenWords {
 
 fn place(word: &Slot) -> usize {
     const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
-    let mixed = word.iter().fold(0_u64, |hash, part| (hash.rotate_left(23) ^ part).wrapping_mul(ODD));
+    let mixed =
+        word.iter().fold(0_u64, |hash, part| (hash.rotate_left(23) ^ part).wrapping_mul(ODD));
     (mixed >> (64 - SLOTS.ilog2())) as usize
 }
 
@@ -155,12 +156,12 @@ impl<'s> Sum<'s> {
     }
 
     /// Adds a text, cut at its borders. It stops as soon as the answer is known: there are too many
-    /// tokens, or the rest is too short to be too long.
-    pub(crate) fn add_text(&mut self, borders: &Borders, prefix: &str, text: &str) {
+    /// tokens, or `is_last` and the rest is too short to be too long.
+    pub(crate) fn add_text(&mut self, borders: &Borders, prefix: &str, text: &str, is_last: bool) {
         let (mut prefix, mut rest) = (prefix, text);
         while !rest.is_empty() && self.tokens <= self.max {
             let most = self.tokens + prefix.len() + rest.len();
-            if most <= self.max && self.max < usize::MAX {
+            if is_last && most <= self.max && self.max < usize::MAX {
                 return;
             }
             let (word, behind) = rest.split_at(borders.end_of_word(prefix.chars().next(), rest));

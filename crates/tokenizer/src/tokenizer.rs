@@ -244,14 +244,14 @@ impl Tokenizer {
         if let (Some(borders), [], true) =
             (borders, &*pipeline.pre_tokenizers, self.added.is_empty())
         {
-            sum.add_text(borders, pipeline.prefix, text);
+            sum.add_text(borders, pipeline.prefix, text, true);
             return Ok(());
         }
         let parts = self.parts(pipeline, text)?;
         for (part, _, word) in parts.get_splits(OffsetReferential::Normalized, OffsetType::None) {
             match (word, borders) {
                 (Some(added), _) => sum.add_tokens(added.len()),
-                (None, Some(borders)) => sum.add_text(borders, "", part),
+                (None, Some(borders)) => sum.add_text(borders, "", part, false),
                 (None, None) => sum.add_word("", part),
             }
         }

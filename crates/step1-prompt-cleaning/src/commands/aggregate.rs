@@ -9,7 +9,7 @@ use super::settings::{SharedArgs, SharedConfig, refuse_overwriting};
 use super::{Outcome, Run, Session, make_report_folder, on_threads};
 use crate::explain::{Explanation, Search};
 use crate::report::{Ledger, Report, RowName};
-use crate::sources::{Fault, Offer, refuse_hub_name, sharegpt};
+use crate::sources::{Fault, Offer, found_files, one_or_many, sharegpt};
 use crate::text::strip;
 use crate::{
     Draft, DropReason, Dropped, Effect, Fingerprint, Judged, Pipeline, Result, Rule, Rules, Source,
@@ -21,9 +21,10 @@ const COMMAND: &str = "aggregate-sharegpt";
 #[derive(Clone, Debug, Default, PartialEq, clap::Args, Serialize, Deserialize)]
 #[serde(default)]
 pub struct AggregateArgs {
-    /// ShareGPT files, separated by commas: arrays (.json) or parquet of `conversations`, or .jsonl
-    /// with `text`.
+    /// ShareGPT files, folders or patterns, separated by commas: arrays (.json), JSON lines or
+    /// parquet of `conversations`, or JSON lines with `text`; .gz and .zst too.
     #[arg(long, value_name = "FILES", value_delimiter = ',')]
+    #[serde(deserialize_with = "one_or_many")]
     pub data_files: Vec<PathBuf>,
     /// Where the prompts go: a JSON array, or JSON lines if it ends in .jsonl (.gz and .zst too).
     #[arg(long, value_name = "FILE", alias = "output-path")]
@@ -51,11 +52,8 @@ impl TryFrom<AggregateArgs> for AggregateConfig {
 
     fn try_from(args: AggregateArgs) -> dromedary_command::Result<AggregateConfig> {
         let data_files = Some(args.data_files).filter(|files| !files.is_empty());
-        let data_files = required(data_files, "data_files")?;
+        let data_files = found_files(&required(data_files, "data_files")?, "--data-files")?;
         let output_file = required(args.output_file, "output_file")?;
-        for file in &data_files {
-            refuse_hub_name(file, "--data-files")?;
-        }
         refuse_overwriting(&output_file, &data_files)?;
         Ok(AggregateConfig { data_files, output_file, shared: args.shared.try_into()? })
     }
@@ -86,7 +84,7 @@ fn aggregate(config: &AggregateConfig, session: &Session) -> Result<Report> {
         writer: RowWriter::create(&config.output_file)?,
     };
     collector.ledger.open(Source::ShareGpt.name());
-    let mut run = Run::new(session, config.shared.max_bad_rows);
+    let mut run = Run::new(session, config.shared.max_bad_rows, &config.data_files);
     for file in &config.data_files {
         run.read(file, sharegpt(file)?, |offer| judge(rules, offer), |row| collector.admit(row))?;
     }

@@ -1,4 +1,4 @@
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use dromedary_command::{Error, required};
@@ -10,8 +10,8 @@ use super::optional::{OptionalArgs, OptionalConfig};
 use super::settings::{JudgeArgs, JudgeConfig, SharedArgs, SharedConfig, refuse_overwriting};
 use super::{Outcome, Run, Session, make_report_folder, on_threads};
 use crate::report::Report;
-use crate::sources::{Offers, dolly, oasst, prompts, refuse_hub_name};
-use crate::{LanguageRule, Lists, Result, Source};
+use crate::sources::{AnsweredMessages, dolly, found_files, oasst_part, one_or_many, prompts};
+use crate::{LanguageRule, Result, Source};
 
 const COMMAND: &str = "clean-and-merge";
 
@@ -19,18 +19,23 @@ const COMMAND: &str = "clean-and-merge";
 #[derive(Clone, Debug, Default, PartialEq, clap::Args, Serialize, Deserialize)]
 #[serde(default)]
 pub struct MergeArgs {
-    /// Output of aggregate-sharegpt.
-    #[arg(long, value_name = "FILE")]
-    pub sharegpt_prompt_path: Option<PathBuf>,
+    /// Output of aggregate-sharegpt; as for the others: files, folders or patterns, separated by
+    /// commas.
+    #[arg(long, value_name = "FILES", value_delimiter = ',')]
+    #[serde(deserialize_with = "one_or_many")]
+    pub sharegpt_prompt_path: Vec<PathBuf>,
     /// Output of subsample-openorca.
-    #[arg(long, value_name = "FILE")]
-    pub openorca_prompt_path: Option<PathBuf>,
+    #[arg(long, value_name = "FILES", value_delimiter = ',')]
+    #[serde(deserialize_with = "one_or_many")]
+    pub openorca_prompt_path: Vec<PathBuf>,
     /// databricks-dolly-15k.jsonl, which the original downloads.
-    #[arg(long, value_name = "FILE")]
-    pub dolly: Option<PathBuf>,
+    #[arg(long, value_name = "FILES", value_delimiter = ',')]
+    #[serde(deserialize_with = "one_or_many")]
+    pub dolly: Vec<PathBuf>,
     /// oasst1 as JSON lines, flat messages or trees, which the original downloads.
-    #[arg(long, value_name = "FILE")]
-    pub oasst: Option<PathBuf>,
+    #[arg(long, value_name = "FILES", value_delimiter = ',')]
+    #[serde(deserialize_with = "one_or_many")]
+    pub oasst: Vec<PathBuf>,
     /// Where the prompts go: a JSON array, or JSON lines if it ends in .jsonl (.gz and .zst too).
     #[arg(long, value_name = "FILE", alias = "output-path")]
     pub output_file: Option<PathBuf>,
@@ -55,13 +60,13 @@ pub struct MergeArgs {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct MergeConfig {
     /// Output of [`aggregate_sharegpt`](super::aggregate_sharegpt).
-    pub sharegpt_prompt_path: Option<PathBuf>,
+    pub sharegpt_prompt_path: Vec<PathBuf>,
     /// Output of [`subsample_openorca`](super::subsample_openorca).
-    pub openorca_prompt_path: Option<PathBuf>,
+    pub openorca_prompt_path: Vec<PathBuf>,
     /// Dolly-15k.
-    pub dolly: Option<PathBuf>,
+    pub dolly: Vec<PathBuf>,
     /// oasst1.
-    pub oasst: Option<PathBuf>,
+    pub oasst: Vec<PathBuf>,
     /// Where the prompts go.
     pub output_file: PathBuf,
     /// Tokens of the shortest prompt.
@@ -89,13 +94,14 @@ impl TryFrom<MergeArgs> for MergeConfig {
             (Source::ShareGpt, &args.sharegpt_prompt_path),
             (Source::OpenOrca, &args.openorca_prompt_path),
         ];
-        let given = given.into_iter().filter(|(_, file)| file.is_some());
+        let given = given.into_iter().filter(|(_, files)| !files.is_empty());
         let sources: Vec<Source> = given.map(|(source, _)| source).collect();
+        let found = |source: Source, given: &[PathBuf]| found_files(given, flag(source));
         let config = MergeConfig {
-            sharegpt_prompt_path: args.sharegpt_prompt_path,
-            openorca_prompt_path: args.openorca_prompt_path,
-            dolly: args.dolly,
-            oasst: args.oasst,
+            sharegpt_prompt_path: found(Source::ShareGpt, &args.sharegpt_prompt_path)?,
+            openorca_prompt_path: found(Source::OpenOrca, &args.openorca_prompt_path)?,
+            dolly: found(Source::Dolly, &args.dolly)?,
+            oasst: found(Source::Oasst1, &args.oasst)?,
             output_file: required(args.output_file, "output_file")?,
             min_prompt_len: args.min_prompt_len.unwrap_or(2),
             judge,
@@ -109,8 +115,7 @@ impl TryFrom<MergeArgs> for MergeConfig {
 
 impl MergeConfig {
     fn check(&self) -> dromedary_command::Result<()> {
-        let files: Vec<_> =
-            Source::ALL.into_iter().filter_map(|source| self.file(source)).collect();
+        let files: Vec<_> = Source::ALL.into_iter().flat_map(|source| self.files(source)).collect();
         if files.is_empty() {
             return Err(Error::usage(
                 "nothing to merge: give --sharegpt-prompt-path, --openorca-prompt-path, --dolly or \
@@ -123,11 +128,6 @@ impl MergeConfig {
                 self.min_prompt_len, self.judge.max_prompt_len
             )));
         }
-        for source in Source::ALL {
-            if let Some(file) = self.file(source) {
-                refuse_hub_name(file, flag(source))?;
-            }
-        }
         if !self.optional.languages.is_empty() {
             let lists = self.judge.open_lists().map_err(|error| Error::usage(error.to_string()))?;
             LanguageRule::new(&self.optional.languages, &lists)
@@ -136,12 +136,12 @@ impl MergeConfig {
         refuse_overwriting(&self.output_file, files.into_iter().chain(&self.references()))
     }
 
-    fn file(&self, source: Source) -> Option<&PathBuf> {
+    fn files(&self, source: Source) -> &[PathBuf] {
         match source {
-            Source::Dolly => self.dolly.as_ref(),
-            Source::Oasst1 => self.oasst.as_ref(),
-            Source::ShareGpt => self.sharegpt_prompt_path.as_ref(),
-            Source::OpenOrca => self.openorca_prompt_path.as_ref(),
+            Source::Dolly => &self.dolly,
+            Source::Oasst1 => &self.oasst,
+            Source::ShareGpt => &self.sharegpt_prompt_path,
+            Source::OpenOrca => &self.openorca_prompt_path,
         }
     }
 }
@@ -172,20 +172,30 @@ fn merge(config: &MergeConfig, session: &Session) -> Result<Report> {
     let lists = config.judge.open_lists()?;
     let judge = Judge::open(config, &lists)?;
     let mut writer = RowWriter::create(&config.output_file)?;
-    let mut run = Run::new(session, config.shared.max_bad_rows);
+    let files = Source::ALL.into_iter().flat_map(|source| config.files(source));
+    let mut run = Run::new(session, config.shared.max_bad_rows, files);
+    let answered = Arc::new(AnsweredMessages::of(&config.oasst)?);
     let mut merger = Merger::new(config, &judge)?;
     for source in Source::ALL {
-        let Some(file) = config.file(source) else {
+        let files = config.files(source);
+        if files.is_empty() {
             tracing::warn!("no {}: the output has no prompts of {source}", flag(source));
             continue;
-        };
+        }
         merger.begin(source);
-        run.read(
-            file,
-            offers(source, file, &lists)?,
-            |offer| judge.judge(source, offer),
-            |verdict| merger.admit(source, verdict),
-        )?;
+        for file in files {
+            let offers = match source {
+                Source::Dolly => dolly(file, lists.clone()),
+                Source::Oasst1 => oasst_part(file, answered.clone()),
+                Source::ShareGpt | Source::OpenOrca => prompts(file, source),
+            };
+            run.read(
+                file,
+                offers?,
+                |offer| judge.judge(source, offer),
+                |verdict| merger.admit(source, verdict),
+            )?;
+        }
     }
     let (ledger, search) = merger.write(&mut writer)?;
     run.publish(Outcome {
@@ -198,12 +208,4 @@ fn merge(config: &MergeConfig, session: &Session) -> Result<Report> {
         search,
         writer,
     })
-}
-
-fn offers(source: Source, file: &Path, lists: &Arc<Lists>) -> Result<Offers> {
-    match source {
-        Source::Dolly => dolly(file, lists.clone()),
-        Source::Oasst1 => oasst(file),
-        Source::ShareGpt | Source::OpenOrca => prompts(file, source),
-    }
 }

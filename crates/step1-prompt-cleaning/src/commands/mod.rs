@@ -22,7 +22,7 @@ pub use subsample::{SubsampleArgs, SubsampleConfig, subsample_openorca};
 
 use crate::explain::Search;
 use crate::report::{HashedFile, InputFile, Ledger, Report};
-use crate::sources::{BadRows, Fault, Row};
+use crate::sources::{BadRows, Fault, RawRow, RawRows, Row, SourceRows};
 use crate::{Error, Result};
 
 /// The subcommands, which are also the tables that a configuration file may have.
@@ -30,6 +30,9 @@ pub const SUBCOMMANDS: [&str; 3] = ["subsample-openorca", "aggregate-sharegpt", 
 
 /// So many rows are read, then judged by all threads, then admitted in order.
 const BATCH: usize = 4096;
+
+/// A batch ends with the row that reaches so many bytes.
+const BATCH_BYTES: usize = 8 << 20;
 
 /// How a command is run, apart from what it does.
 #[derive(Clone, Debug, Default)]
@@ -46,40 +49,70 @@ struct Run<'s> {
     progress: Progress,
     max_bad_rows: f64,
     inputs: Vec<InputFile>,
+    rows_done: u64,
+    bytes_done: u64,
+    bytes_total: u64,
 }
 
 impl<'s> Run<'s> {
-    fn new(session: &'s Session, max_bad_rows: f64) -> Run<'s> {
-        let progress = Progress::new(None, "rows", session.show_progress);
-        Run { session, progress, max_bad_rows, inputs: Vec::new() }
+    /// A run that will read these files.
+    fn new<'f>(
+        session: &'s Session,
+        max_bad_rows: f64,
+        files: impl IntoIterator<Item = &'f PathBuf>,
+    ) -> Run<'s> {
+        Run {
+            session,
+            progress: Progress::new(None, "rows", session.show_progress),
+            max_bad_rows,
+            inputs: Vec::new(),
+            rows_done: 0,
+            bytes_done: 0,
+            bytes_total: files.into_iter().map(|file| bytes_of(file)).sum(),
+        }
     }
 
-    /// Judges the rows of a file on all threads and admits them in its order; a bad row is admitted
-    /// with its fault.
-    fn read<T: Send, J: Send>(
+    /// Judges the rows of a file on all threads, while the next ones are read, and admits them in
+    /// its order; a bad row is admitted with its fault.
+    fn read<T: Send + 'static, J: Send>(
         &mut self,
         path: &Path,
-        mut rows: impl Iterator<Item = Result<Row<T>>>,
+        rows: SourceRows<T>,
         judge: impl Fn(T) -> J + Sync,
         mut admit: impl FnMut(std::result::Result<J, Fault>) -> Result<()>,
     ) -> Result<()> {
         let mut bad_rows = BadRows::of(path, self.max_bad_rows);
-        loop {
+        let (mut raw, read) = rows.into_parts();
+        let judge = |row: RawRow| read(row).map(&judge);
+        let mut batch = next_batch(&mut raw)?;
+        while !batch.is_empty() {
             self.session
                 .stop
                 .check(|| "run the command again".to_owned())
                 .map_err(|source| Error::Interrupted { source })?;
-            let batch: Vec<Row<T>> = rows.by_ref().take(BATCH).collect::<Result<_>>()?;
-            if batch.is_empty() {
-                self.inputs.push(bad_rows.finish()?);
-                return Ok(());
-            }
-            self.progress.inc(batch.len() as u64);
-            let contents: Vec<std::result::Result<T, Fault>> =
-                batch.into_iter().map(|row| bad_rows.accept(row)).collect();
-            let judged: Vec<std::result::Result<J, Fault>> =
-                contents.into_par_iter().map(|content| content.map(&judge)).collect();
-            judged.into_iter().try_for_each(&mut admit)?;
+            let rows = batch.len() as u64;
+            let (next, judged) = rayon::join(
+                || next_batch(&mut raw),
+                || batch.into_par_iter().map(&judge).collect::<Vec<Row<J>>>(),
+            );
+            judged.into_iter().try_for_each(|row| admit(bad_rows.accept(row)))?;
+            self.show(rows, path, raw.share());
+            batch = next?;
+        }
+        self.inputs.push(bad_rows.finish()?);
+        self.bytes_done += bytes_of(path);
+        Ok(())
+    }
+
+    /// Shows that `rows` more are done, and how many there may be in all: what is left of the files
+    /// is taken to be like what was read.
+    fn show(&mut self, rows: u64, path: &Path, share: f64) {
+        self.rows_done += rows;
+        self.progress.inc(rows);
+        let bytes = self.bytes_done as f64 + share * bytes_of(path) as f64;
+        if bytes > 0.0 {
+            let total = self.rows_done as f64 * (self.bytes_total as f64 / bytes).max(1.0);
+            self.progress.set_total(total as u64);
         }
     }
 
@@ -114,6 +147,23 @@ impl<'s> Run<'s> {
         report.log();
         Ok(report)
     }
+}
+
+/// So many rows that all threads have work, and so few that their texts take little memory.
+fn next_batch(rows: &mut RawRows) -> Result<Vec<RawRow>> {
+    let mut bytes = 0;
+    let mut batch = Vec::new();
+    while batch.len() < BATCH && bytes < BATCH_BYTES {
+        let Some(row) = rows.next().transpose()? else { break };
+        bytes += row.bytes();
+        batch.push(row);
+    }
+    Ok(batch)
+}
+
+/// 0 for a pipe.
+fn bytes_of(path: &Path) -> u64 {
+    fs::metadata(path).map_or(0, |metadata| metadata.len())
 }
 
 /// What a command has at its end.

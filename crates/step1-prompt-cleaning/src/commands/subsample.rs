@@ -1,26 +1,20 @@
-#![expect(
-    clippy::disallowed_types,
-    reason = "the order of the map cannot be seen: it is only asked"
-)]
-
-use std::cmp::Ordering;
-use std::collections::BTreeMap;
-use std::collections::hash_map::{Entry, HashMap};
+use std::collections::{BTreeMap, BinaryHeap};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use dromedary_command::required;
 use dromedary_records::RowWriter;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::settings::{
     JudgeArgs, JudgeConfig, SharedArgs, SharedConfig, positive, refuse_overwriting,
 };
 use super::{Outcome, Run, Session, make_report_folder, on_threads};
-use crate::buckets::KeyedBuckets;
+use crate::buckets::{Entry, KeyedBuckets, Spilled};
 use crate::explain::{Explanation, Search};
 use crate::report::{Ledger, Report, RowName};
-use crate::sources::{Fault, OpenOrcaQuestion, Stratum, refuse_hub_name};
+use crate::sources::{Fault, OpenOrcaQuestion, Stratum, found_files, one_or_many};
 use crate::{
     Draft, DropReason, Dropped, Fingerprint, Judged, KeyedOrder, LengthRule, NliRule, NotEmpty,
     Pipeline, Result, Rules, Source, Strip, TokenCounter,
@@ -32,9 +26,11 @@ const COMMAND: &str = "subsample-openorca";
 #[derive(Clone, Debug, Default, PartialEq, clap::Args, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SubsampleArgs {
-    /// OpenOrca as .parquet (or JSON lines, or a JSON array) with the columns `id` and `question`.
-    #[arg(long, value_name = "FILE")]
-    pub train_data_path: Option<PathBuf>,
+    /// OpenOrca as .parquet (or JSON lines, or a JSON array) with the columns `id` and `question`:
+    /// files, folders or patterns, separated by commas.
+    #[arg(long, value_name = "FILES", value_delimiter = ',')]
+    #[serde(deserialize_with = "one_or_many")]
+    pub train_data_path: Vec<PathBuf>,
     /// Where the prompts go: a JSON array, or JSON lines if it ends in .jsonl (.gz and .zst too).
     #[arg(long, value_name = "FILE", alias = "output-file")]
     pub output_path: Option<PathBuf>,
@@ -55,7 +51,7 @@ pub struct SubsampleArgs {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct SubsampleConfig {
     /// OpenOrca.
-    pub train_data_path: PathBuf,
+    pub train_data_path: Vec<PathBuf>,
     /// Where the prompts go.
     pub output_path: PathBuf,
     /// Rows kept of each stratum.
@@ -72,10 +68,11 @@ impl TryFrom<SubsampleArgs> for SubsampleConfig {
     type Error = dromedary_command::Error;
 
     fn try_from(args: SubsampleArgs) -> dromedary_command::Result<SubsampleConfig> {
-        let train_data_path = required(args.train_data_path, "train_data_path")?;
+        let given = Some(args.train_data_path).filter(|files| !files.is_empty());
+        let given = required(given, "train_data_path")?;
+        let train_data_path = found_files(&given, "--train-data-path")?;
         let output_path = required(args.output_path, "output_path")?;
-        refuse_hub_name(&train_data_path, "--train-data-path")?;
-        refuse_overwriting(&output_path, [&train_data_path])?;
+        refuse_overwriting(&output_path, &train_data_path)?;
         let shared = SharedConfig::try_from(args.shared)?;
         Ok(SubsampleConfig {
             train_data_path,
@@ -92,7 +89,9 @@ impl TryFrom<SubsampleArgs> for SubsampleConfig {
 
 /// Draws a sample of OpenOrca's questions: up to `max_samples_per_dataset` of each stratum.
 ///
-/// Texts wait on disk and not in memory; what is held is some 40 to 80 bytes for each question.
+/// Nothing of a question stays in memory. All wait on disk in buckets, by a hash that is the same
+/// for equal ones; so duplicates are found within a bucket, of which one is in memory at a time.
+/// Beside that, a cap that is reached takes 16 bytes for each row of it.
 ///
 /// # Errors
 /// A file that cannot be read or written, too many bad rows, no row left, a stop. Nothing is
@@ -105,15 +104,16 @@ fn subsample(config: &SubsampleConfig, session: &Session) -> Result<Report> {
     make_report_folder(config.shared.report.as_deref())?;
     let judge = Judge::open(config)?;
     let mut writer = RowWriter::create(&config.output_path)?;
-    let mut run = Run::new(session, config.shared.max_bad_rows);
+    let mut run = Run::new(session, config.shared.max_bad_rows, &config.train_data_path);
     let mut sampler = Sampler::new(config, &judge);
-    let questions = OpenOrcaQuestion::open(&config.train_data_path)?;
-    run.read(
-        &config.train_data_path,
-        questions,
-        |question| judge.judge(question),
-        |judged| sampler.admit(judged),
-    )?;
+    for file in &config.train_data_path {
+        run.read(
+            file,
+            OpenOrcaQuestion::open(file)?,
+            |question| judge.judge(question),
+            |judged| sampler.admit(judged),
+        )?;
+    }
     let (ledger, search) = sampler.write(config.max_samples_per_dataset, &mut writer)?;
     run.publish(Outcome {
         command: COMMAND,
@@ -131,6 +131,7 @@ fn subsample(config: &SubsampleConfig, session: &Session) -> Result<Report> {
 struct Judge {
     rules: Rules,
     pipeline: Pipeline,
+    order: KeyedOrder,
     /// Counts tokens for the report.
     counter: Option<Arc<TokenCounter>>,
     /// Whether a question is remembered as it was read.
@@ -141,8 +142,8 @@ struct JudgedQuestion {
     stratum: Stratum,
     judged: Judged,
     original: Option<Draft>,
-    fingerprint: Fingerprint,
-    tokens: Option<u32>,
+    /// What waits for the comparison, unless a rule has left the question out.
+    spilled: Option<serde_json::Result<Spilled>>,
 }
 
 impl Judge {
@@ -166,6 +167,7 @@ impl Judge {
         Ok(Judge {
             rules,
             pipeline,
+            order: KeyedOrder::new(config.judge.seed),
             counter: reports.then_some(counter),
             keeps_originals: reports || config.shared.explain.is_some(),
         })
@@ -175,57 +177,73 @@ impl Judge {
         let draft = Draft::new(Source::OpenOrca, row.question);
         let original = self.keeps_originals.then(|| draft.clone());
         let judged = self.pipeline.judge(draft);
-        let counter = self.counter.as_ref().filter(|_| judged.dropped.is_none());
-        JudgedQuestion {
-            stratum: row.stratum,
-            original,
-            fingerprint: Fingerprint::of(self.rules, &judged.draft.instruction),
-            tokens: counter.map(|counter| counter.count(&judged.draft.instruction) as u32),
-            judged,
-        }
+        // Dromedary compares first and filters what is left; the rows are the same.
+        let waits = judged.dropped.is_none() || self.rules == Rules::Dromedary;
+        let spilled = waits.then(|| self.spilled(row.stratum, &judged));
+        JudgedQuestion { stratum: row.stratum, judged, original, spilled }
     }
-}
 
-/// Where a question stands first: a smaller place wins against equal questions elsewhere.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Place {
-    stratum: Stratum,
-    row: u64,
-    drop: Option<DropReason>,
+    fn spilled(&self, stratum: Stratum, judged: &Judged) -> serde_json::Result<Spilled> {
+        let question = &judged.draft.instruction;
+        let fingerprint = Fingerprint::of(self.rules, question);
+        let sample_key = self.order.sample_key(&fingerprint);
+        let counter = self.counter.as_ref().filter(|_| judged.dropped.is_none());
+        let waiting = Waiting {
+            stratum: place(&Stratum::ALL, &stratum),
+            drop: judged.dropped.as_ref().map(|drop| place(&DropReason::ALL, &drop.reason)),
+            sample_key: ((sample_key >> 64) as u64, sample_key as u64),
+            tokens: counter.map(|counter| counter.count(question) as u32),
+            question: question.clone(),
+        };
+        Spilled::new(self.order.output_key(&fingerprint), &waiting)
+    }
 }
 
 /// A question that waits on disk.
 #[derive(Serialize, Deserialize)]
 struct Waiting {
-    row: u64,
+    /// Its place in [`Stratum::ALL`].
+    stratum: usize,
+    /// The place in [`DropReason::ALL`] of why it is dropped, unless it is a duplicate.
+    drop: Option<usize>,
+    /// The halves of the key that says whether it is in the sample.
+    sample_key: (u64, u64),
     tokens: Option<u32>,
     question: String,
+}
+
+impl Waiting {
+    fn stratum(&self) -> Stratum {
+        Stratum::ALL[self.stratum]
+    }
+
+    fn drop(&self) -> Option<DropReason> {
+        self.drop.map(|place| DropReason::ALL[place])
+    }
+}
+
+/// Where a value stands among all there are.
+fn place<T: PartialEq>(all: &[T], value: &T) -> usize {
+    all.iter().position(|other| other == value).unwrap_or_default()
 }
 
 /// Keeps one of equal questions, of those a sample, and of that the order.
 struct Sampler<'j> {
     judge: &'j Judge,
-    order: KeyedOrder,
     rows: u64,
-    places: HashMap<Fingerprint, Place>,
     buckets: KeyedBuckets<Waiting>,
     ledger: Ledger,
     search: Search,
-    /// The question that is to be explained, unless a rule left it out.
-    wanted: Option<(Fingerprint, u64)>,
 }
 
 impl<'j> Sampler<'j> {
     fn new(config: &SubsampleConfig, judge: &'j Judge) -> Sampler<'j> {
         Sampler {
             judge,
-            order: KeyedOrder::new(config.judge.seed),
             rows: 0,
-            places: HashMap::new(),
             buckets: KeyedBuckets::beside(&config.output_path),
             ledger: Ledger::new(config.shared.report.is_some()),
             search: Search::new(config.shared.explain.as_deref()),
-            wanted: None,
         }
     }
 
@@ -245,12 +263,11 @@ impl<'j> Sampler<'j> {
                 return Ok(());
             }
         };
-        let JudgedQuestion { stratum, judged, original, fingerprint, tokens } = row;
+        let JudgedQuestion { stratum, judged, original, spilled } = row;
         let source = stratum.reported_name();
         self.ledger.row(source);
         if let Some(original) = original {
             if self.search.is_wanted(name, [&original, &judged.draft]) {
-                self.wanted = judged.dropped.is_none().then_some((fingerprint, self.rows));
                 let pipeline = &self.judge.pipeline;
                 self.search.found(Explanation::judged(name, original.clone(), pipeline));
             }
@@ -259,113 +276,103 @@ impl<'j> Sampler<'j> {
         } else {
             self.ledger.edited(source, name, &judged.edits, Default::default);
         }
-        let question = judged.draft.instruction;
-        // Dromedary compares first and filters what is left; the rows are the same.
-        match judged.dropped {
-            Some(dropped) if self.judge.rules == Rules::Corrected => {
+        match (spilled, judged.dropped) {
+            (Some(spilled), _) => self.buckets.push_spilled(self.rows, spilled)?,
+            (None, Some(dropped)) => {
+                let question = judged.draft.instruction;
                 self.ledger.dropped(source, name, &dropped, || question);
             }
-            dropped => {
-                let drop = dropped.map(|dropped| dropped.reason);
-                let place = Place { stratum, row: self.rows, drop };
-                if self.take_place(&fingerprint, place, &question) && drop.is_none() {
-                    let key = self.order.output_key(&fingerprint);
-                    self.buckets.push(key, &Waiting { row: self.rows, tokens, question })?;
-                }
-            }
+            (None, None) => {}
         }
         Ok(())
     }
 
-    /// Whether the place is the best so far for this question; counts what loses.
-    fn take_place(&mut self, fingerprint: &Fingerprint, place: Place, question: &str) -> bool {
-        let loser = match self.places.entry(*fingerprint) {
-            Entry::Vacant(vacant) => {
-                vacant.insert(place);
-                None
-            }
-            Entry::Occupied(mut occupied) => Some(match place.cmp(occupied.get()) {
-                Ordering::Less => (occupied.insert(place), place),
-                _ => (place, *occupied.get()),
-            }),
-        };
-        let wins = loser.is_none_or(|(loser, _)| loser != place);
-        let text = || question.to_owned();
-        if let Some((loser, winner)) = loser {
-            let source = loser.stratum.reported_name();
-            let duplicate = duplicate_of(winner.row);
-            self.ledger.dropped(source, row_name(loser.row), &duplicate, text);
-            if let (true, Some(reason)) = (wins, loser.drop) {
-                self.ledger.take_back(source, reason);
-            }
-        }
-        if let (true, Some(reason)) = (wins, place.drop) {
-            let source = place.stratum.reported_name();
-            self.ledger.dropped(source, row_name(place.row), &Dropped::plain(reason), text);
-        }
-        wins
-    }
-
     /// Writes the sample in its order.
     fn write(mut self, cap: usize, writer: &mut RowWriter) -> Result<(Ledger, Search)> {
-        let last_keys = self.last_sample_keys(cap);
-        self.explain_place(&last_keys);
-        for waiting in self.buckets.into_ordered() {
-            let Waiting { row, tokens, question } = waiting?;
-            let fingerprint = Fingerprint::of(self.judge.rules, &question);
-            let Some(place) = self.places.get(&fingerprint).filter(|place| place.row == row) else {
-                continue;
-            };
-            let source = place.stratum.reported_name();
-            let last_key = last_keys.get(&place.stratum);
-            if last_key.is_some_and(|last| self.order.sample_key(&fingerprint) > *last) {
-                let over_cap = Dropped::plain(DropReason::OverCap);
-                self.ledger.dropped(source, row_name(row), &over_cap, || question);
-                continue;
+        let last_keys = self.last_sample_keys(cap)?;
+        let encoder = writer.encoder();
+        let Sampler { mut buckets, mut ledger, mut search, .. } = self;
+        for bucket in buckets.ordered() {
+            let mut kept = Vec::new();
+            for Equal { first, others } in equals(bucket?) {
+                for other in others {
+                    let (name, duplicate) = (row_name(other.number), duplicate_of(first.number));
+                    search.step(name, "duplicates", Some(duplicate.clone()));
+                    let source = other.row.stratum().reported_name();
+                    ledger.dropped(source, name, &duplicate, || other.row.question);
+                }
+                let (name, waiting) = (row_name(first.number), first.row);
+                let last_key = last_keys.get(&waiting.stratum());
+                let over = last_key.is_some_and(|last| waiting.sample_key > *last);
+                let over = over.then(|| Dropped::plain(DropReason::OverCap));
+                if waiting.drop.is_none() {
+                    search.step(name, "duplicates", None);
+                    search.step(name, "cap", over.clone());
+                }
+                let source = waiting.stratum().reported_name();
+                match waiting.drop().map(Dropped::plain).or(over) {
+                    Some(dropped) => ledger.dropped(source, name, &dropped, || waiting.question),
+                    None => {
+                        ledger.kept(source, waiting.tokens);
+                        kept.push(waiting.question);
+                    }
+                }
             }
-            self.ledger.kept(source, tokens);
-            writer.write(&Draft::new(Source::OpenOrca, question).into_prompt())?;
+            let encode =
+                |question| encoder.encode(&Draft::new(Source::OpenOrca, question).into_prompt());
+            let rows: Vec<_> = kept.into_par_iter().map(encode).collect();
+            rows.into_iter().try_for_each(|row| writer.write_encoded(&row?))?;
         }
-        Ok((self.ledger, self.search))
-    }
-
-    /// Says what comparison and cap did to the question that is to be explained.
-    fn explain_place(&mut self, last_keys: &BTreeMap<Stratum, u128>) {
-        let Some((fingerprint, row)) = self.wanted else {
-            return;
-        };
-        let Some(place) = self.places.get(&fingerprint) else {
-            return;
-        };
-        let name = row_name(row);
-        let duplicate = (place.row != row).then(|| duplicate_of(place.row));
-        let is_first = duplicate.is_none();
-        self.search.step(name, "duplicates", duplicate);
-        if is_first {
-            let last = last_keys.get(&place.stratum);
-            let over = last.is_some_and(|last| self.order.sample_key(&fingerprint) > *last);
-            self.search.step(name, "cap", over.then(|| Dropped::plain(DropReason::OverCap)));
-        }
+        Ok((ledger, search))
     }
 
     /// The sample key of the last row kept, of each stratum with more than `cap` of them.
-    fn last_sample_keys(&self, cap: usize) -> BTreeMap<Stratum, u128> {
-        let mut last_keys = BTreeMap::new();
-        for stratum in Stratum::ALL {
-            let of_stratum = |place: &Place| place.stratum == stratum && place.drop.is_none();
-            let mut keys: Vec<u128> = self
-                .places
-                .iter()
-                .filter(|(_, place)| of_stratum(place))
-                .map(|(fingerprint, _)| self.order.sample_key(fingerprint))
-                .collect();
-            if keys.len() > cap {
-                let (_, last, _) = keys.select_nth_unstable(cap - 1);
-                last_keys.insert(stratum, *last);
+    fn last_sample_keys(&mut self, cap: usize) -> Result<BTreeMap<Stratum, (u64, u64)>> {
+        if self.rows <= cap as u64 {
+            return Ok(BTreeMap::new());
+        }
+        // One more than the cap, to know of a row that is over it.
+        let mut smallest: BTreeMap<Stratum, BinaryHeap<(u64, u64)>> = BTreeMap::new();
+        for bucket in self.buckets.ordered() {
+            for Equal { first, .. } in equals(bucket?) {
+                if first.row.drop.is_none() {
+                    let keys = smallest.entry(first.row.stratum()).or_default();
+                    keys.push(first.row.sample_key);
+                    if keys.len() > cap + 1 {
+                        keys.pop();
+                    }
+                }
             }
         }
-        last_keys
+        let last_of = |(stratum, mut keys): (Stratum, BinaryHeap<(u64, u64)>)| {
+            keys.pop().filter(|_| keys.len() == cap)?;
+            Some((stratum, *keys.peek()?))
+        };
+        Ok(smallest.into_iter().filter_map(last_of).collect())
     }
+}
+
+/// Questions that are the same.
+struct Equal {
+    /// What is in the first stratum, wherever it stands in the files, and there what came first.
+    first: Entry<Waiting>,
+    others: Vec<Entry<Waiting>>,
+}
+
+/// The rows of a bucket, those with the same key together.
+fn equals(bucket: Vec<Entry<Waiting>>) -> impl Iterator<Item = Equal> {
+    let mut rows = bucket.into_iter().peekable();
+    std::iter::from_fn(move || {
+        let mut first = rows.next()?;
+        let mut others = Vec::new();
+        while let Some(mut other) = rows.next_if(|other| other.key == first.key) {
+            if other.row.stratum < first.row.stratum {
+                std::mem::swap(&mut first, &mut other);
+            }
+            others.push(other);
+        }
+        Some(Equal { first, others })
+    })
 }
 
 fn row_name(number: u64) -> RowName<'static> {

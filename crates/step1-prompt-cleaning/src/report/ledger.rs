@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 
 use super::{Sample, SourceCounts};
-use crate::{DropReason, Dropped, Edit};
+use crate::{Dropped, Edit};
 
 /// So many samples are kept of each source and reason.
 const SAMPLES: usize = 3;
@@ -96,11 +96,6 @@ impl Ledger {
         self.sample(source, row, dropped.reason.name(), || {
             Sample::drop(source, row, dropped, &text())
         });
-    }
-
-    /// A row that was counted as left out has another fate.
-    pub(crate) fn take_back(&mut self, source: &str, reason: DropReason) {
-        self.counts(source).take_back(reason);
     }
 
     /// The row was written.

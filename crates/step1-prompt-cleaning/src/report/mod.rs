@@ -147,16 +147,6 @@ impl SourceCounts {
         }
     }
 
-    /// One row that was counted as left out has another fate.
-    pub(crate) fn take_back(&mut self, reason: DropReason) {
-        if let Some(rows) = self.dropped.get_mut(reason.name()) {
-            *rows -= 1;
-            if *rows == 0 {
-                self.dropped.remove(reason.name());
-            }
-        }
-    }
-
     fn add(&mut self, other: &SourceCounts) {
         self.rows += other.rows;
         self.edited += other.edited;

@@ -1,7 +1,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{Fault, Offer, Offers, Value, rows};
+use super::{Fault, Offer, Offers, SourceRows, Value, rows};
 use crate::{DropReason, Lists, Result, Source};
 
 /// The rows of a file of Dolly with `instruction`, `context` and `category`; the lists say of which
@@ -11,7 +11,7 @@ use crate::{DropReason, Lists, Result, Source};
 /// As [`rows`].
 pub fn dolly(path: &Path, lists: Arc<Lists>) -> Result<Offers> {
     let rows = rows(path, &["instruction", "context", "category"])?;
-    Ok(Box::new(rows.map(move |row| Ok(row?.read(|row| read(row, &lists))))))
+    Ok(SourceRows::new(rows, move |row| read(row, &lists)))
 }
 
 fn read(mut row: Value, lists: &Lists) -> std::result::Result<Offer, Fault> {

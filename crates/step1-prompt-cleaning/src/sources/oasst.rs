@@ -1,7 +1,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::Arc;
 
-use super::{Fault, Offer, Offers, Value, is_parquet, rows};
+use super::{Fault, Offer, Offers, RawRows, SourceRows, Value, is_parquet, rows};
 use crate::{DropReason, Result, Rules, Source, dedup::Fingerprint};
 
 const COLUMNS: [&str; 3] = ["message_id", "parent_id", "text"];
@@ -12,34 +13,46 @@ const COLUMNS: [&str; 3] = ["message_id", "parent_id", "text"];
 /// # Errors
 /// As [`rows`].
 pub fn oasst(path: &Path) -> Result<Offers> {
-    let answered = AnsweredMessages::open(path)?;
-    let rows = messages(path)?;
-    Ok(Box::new(rows.map(move |row| Ok(row?.read(|message| read(message, &answered))))))
+    oasst_part(path, Arc::new(AnsweredMessages::of([path])?))
+}
+
+/// One file of an export in several, as [`oasst`]; the answers may be in another one.
+///
+/// # Errors
+/// As [`rows`].
+pub fn oasst_part(path: &Path, answered: Arc<AnsweredMessages>) -> Result<Offers> {
+    Ok(SourceRows::new(messages(path)?, move |message| read(message, &answered)))
 }
 
 /// The messages of a flat export that somebody answered.
 ///
-/// In a flat export the answer to a message is another row, so the file is read twice.
-struct AnsweredMessages {
+/// In a flat export the answer to a message is another row, so its files are read twice.
+#[derive(Clone, Debug, Default)]
+pub struct AnsweredMessages {
     ids: BTreeSet<Fingerprint>,
 }
 
 impl AnsweredMessages {
     /// Collects them; none are found in a tree export, which does not need them.
-    fn open(path: &Path) -> Result<AnsweredMessages> {
+    ///
+    /// # Errors
+    /// As [`rows`].
+    pub fn of(paths: impl IntoIterator<Item = impl AsRef<Path>>) -> Result<AnsweredMessages> {
         let mut ids = BTreeSet::new();
-        for row in messages(path)? {
-            if let Ok(mut message) = row?.content
-                && let Value::Text(parent) = message.take("parent_id")
-            {
-                ids.insert(id_fingerprint(&parent));
+        for path in paths {
+            for row in messages(path.as_ref())? {
+                if let Ok(mut message) = row?.parse().content
+                    && let Value::Text(parent) = message.take("parent_id")
+                {
+                    ids.insert(id_fingerprint(&parent));
+                }
             }
         }
         Ok(AnsweredMessages { ids })
     }
 }
 
-fn messages(path: &Path) -> Result<super::Rows> {
+fn messages(path: &Path) -> Result<RawRows> {
     rows(path, if is_parquet(path) { &COLUMNS } else { &[] })
 }
 

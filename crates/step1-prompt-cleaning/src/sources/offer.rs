@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use super::{Fault, OpenOrcaQuestion, Row, Value, rows};
+use super::{Fault, OpenOrcaQuestion, SourceRows, Value, rows};
 use crate::{Draft, DropReason, Result, Source};
 
 /// What a row offers, whatever its source: a prompt, or why it is none.
@@ -28,7 +28,7 @@ impl Offer {
 }
 
 /// The rows of a source, in the order of its file.
-pub type Offers = Box<dyn Iterator<Item = Result<Row<Offer>>>>;
+pub type Offers = SourceRows<Offer>;
 
 /// The questions of OpenOrca.
 ///
@@ -36,7 +36,7 @@ pub type Offers = Box<dyn Iterator<Item = Result<Row<Offer>>>>;
 /// As [`rows`].
 pub fn openorca(path: &Path) -> Result<Offers> {
     let offer = |row: OpenOrcaQuestion| Offer::prompt(Source::OpenOrca, row.question);
-    Ok(Box::new(OpenOrcaQuestion::open(path)?.map(move |row| Ok(row?.map(offer)))))
+    Ok(OpenOrcaQuestion::open(path)?.map_contents(offer))
 }
 
 /// The prompts of a file that step 1 wrote: `instruction` and, for some, `input`.
@@ -49,5 +49,5 @@ pub fn prompts(path: &Path, source: Source) -> Result<Offers> {
         let input = row.take_optional_text("input")?.unwrap_or_default();
         Ok(Offer::Draft(Draft { source, instruction, input }))
     };
-    Ok(Box::new(rows(path, &["instruction"])?.map(move |row| Ok(row?.read(read)))))
+    Ok(SourceRows::new(rows(path, &["instruction"])?, read))
 }

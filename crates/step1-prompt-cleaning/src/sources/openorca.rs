@@ -1,7 +1,7 @@
 use std::fmt;
 use std::path::Path;
 
-use super::{Fault, Row, Value, rows};
+use super::{Fault, SourceRows, Value, rows};
 use crate::Result;
 
 /// The collections that OpenOrca draws from.
@@ -67,11 +67,8 @@ impl OpenOrcaQuestion {
     ///
     /// # Errors
     /// As [`rows`].
-    pub fn open(
-        path: &Path,
-    ) -> Result<impl Iterator<Item = Result<Row<OpenOrcaQuestion>>> + use<>> {
-        let rows = rows(path, &["id", "question"])?;
-        Ok(rows.map(|row| Ok(row?.read(OpenOrcaQuestion::read))))
+    pub fn open(path: &Path) -> Result<SourceRows<OpenOrcaQuestion>> {
+        Ok(SourceRows::new(rows(path, &["id", "question"])?, OpenOrcaQuestion::read))
     }
 
     fn read(mut row: Value) -> std::result::Result<OpenOrcaQuestion, Fault> {

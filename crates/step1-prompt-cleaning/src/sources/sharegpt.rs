@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use super::{Fault, Offer, Offers, Value, is_parquet, rows};
+use super::{Fault, Offer, Offers, SourceRows, Value, is_parquet, rows};
 use crate::text::strip;
 use crate::{DropReason, Result, Source};
 
@@ -14,7 +14,7 @@ const BOT_MARK: &str = "<bot>:";
 /// As [`rows`].
 pub fn sharegpt(path: &Path) -> Result<Offers> {
     let columns: &[&str] = if is_parquet(path) { &["conversations"] } else { &[] };
-    Ok(Box::new(rows(path, columns)?.map(|row| Ok(row?.read(read)))))
+    Ok(SourceRows::new(rows(path, columns)?, read))
 }
 
 fn read(mut row: Value) -> std::result::Result<Offer, Fault> {

@@ -25,7 +25,7 @@ fn subsample(args: SubsampleArgs) -> Result<Report> {
 
 fn sample_of(input: &Path, output: &Path) -> SubsampleArgs {
     SubsampleArgs {
-        train_data_path: Some(input.to_owned()),
+        train_data_path: vec![input.to_owned()],
         output_path: Some(output.to_owned()),
         ..SubsampleArgs::default()
     }
@@ -162,7 +162,7 @@ fn rows_beyond_memory_come_back_in_the_same_order() {
     let input = folder.write("s.jsonl", text);
     let output = folder.path("out.jsonl");
     let args = MergeArgs {
-        sharegpt_prompt_path: Some(input),
+        sharegpt_prompt_path: vec![input],
         output_file: Some(output.clone()),
         judge: JudgeArgs { max_prompt_len: Some(100_000), ..JudgeArgs::default() },
         ..MergeArgs::default()
@@ -226,16 +226,16 @@ fn four_sources(folder: &Folder, output: &str) -> MergeArgs {
     let dolly = |text: &str| json!({"instruction": text, "context": "", "category": "open_qa"});
     let message = |id: &str, parent: Option<&str>, text: &str| json!({"message_id": id, "parent_id": parent, "text": text});
     MergeArgs {
-        dolly: Some(folder.lines("d.jsonl", &[dolly("Simplify 6/8"), dolly("shared one")])),
-        oasst: Some(folder.lines(
+        dolly: vec![folder.lines("d.jsonl", &[dolly("Simplify 6/8"), dolly("shared one")])],
+        oasst: vec![folder.lines(
             "a.jsonl",
             &[
                 message("1", None, "Shared one"),
                 message("2", Some("1"), "yes"),
                 message("3", None, "x"),
             ],
-        )),
-        sharegpt_prompt_path: Some(
+        )],
+        sharegpt_prompt_path: vec![
             folder.write(
                 "s.json",
                 json!([
@@ -245,10 +245,10 @@ fn four_sources(folder: &Folder, output: &str) -> MergeArgs {
                 ])
                 .to_string(),
             ),
-        ),
-        openorca_prompt_path: Some(
+        ],
+        openorca_prompt_path: vec![
             folder.write("o.json", json!([prompt("24/7 support"), prompt("Why?")]).to_string()),
-        ),
+        ],
         output_file: Some(folder.path(output)),
         ..MergeArgs::default()
     }
@@ -290,9 +290,10 @@ fn dromedarys_merge() {
 fn a_sources_rows_may_be_missing_but_not_all() {
     let folder = Folder::new();
     let all = four_sources(&folder, "out.json");
-    let args = MergeArgs { dolly: None, oasst: None, sharegpt_prompt_path: None, ..all.clone() };
+    let args =
+        MergeArgs { dolly: vec![], oasst: vec![], sharegpt_prompt_path: vec![], ..all.clone() };
     assert_eq!(merge(args.clone()).unwrap().sources.len(), 1);
-    let none = MergeArgs { openorca_prompt_path: None, ..args };
+    let none = MergeArgs { openorca_prompt_path: vec![], ..args };
     let error = MergeConfig::try_from(none).unwrap_err().to_string();
     assert!(error.contains("--dolly"), "{error}");
 }

@@ -22,7 +22,7 @@ fn pipeline(folder: &Folder, compat: Option<Compat>, cap: usize, min_len: usize)
         ..JudgeArgs::default()
     };
     let subsample = SubsampleArgs {
-        train_data_path: Some(dummy_data("openorca.parquet")),
+        train_data_path: vec![dummy_data("openorca.parquet")],
         output_path: Some(folder.path("openorca.json")),
         max_samples_per_dataset: Some(cap),
         judge: judge.clone(),
@@ -34,10 +34,10 @@ fn pipeline(folder: &Folder, compat: Option<Compat>, cap: usize, min_len: usize)
         shared: following(compat),
     };
     let merge = MergeArgs {
-        sharegpt_prompt_path: Some(folder.path("sharegpt.json")),
-        openorca_prompt_path: Some(folder.path("openorca.json")),
-        dolly: Some(dummy_data("dolly.jsonl")),
-        oasst: Some(dummy_data("oasst1.jsonl")),
+        sharegpt_prompt_path: vec![folder.path("sharegpt.json")],
+        openorca_prompt_path: vec![folder.path("openorca.json")],
+        dolly: vec![dummy_data("dolly.jsonl")],
+        oasst: vec![dummy_data("oasst1.jsonl")],
         output_file: Some(folder.path("prompts.json")),
         min_prompt_len: Some(min_len),
         judge,

@@ -3,8 +3,8 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests, too")]
 
 mod bounds; // lengths told without encoding
-mod counting; // lengths told word by word
 mod continuation; // the target rule
+mod counting; // lengths told word by word
 mod files; // folders, options, damaged files
 mod golden; // ids made by Hugging Face's Python package, a megabyte of one thing included
 mod special; // names of control tokens in user text

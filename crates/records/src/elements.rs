@@ -1,42 +1,74 @@
 use std::io::{self, BufRead};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use dromedary_files::MAX_LINE_BYTES;
+use memchr::memchr2;
 use serde::de::DeserializeOwned;
 
 use crate::{Error, Result};
 
-/// The elements of a JSON array, one in memory at a time.
+/// The elements of a JSON array, or objects one after the other; one in memory at a time.
 ///
-/// serde_json reads an array at once, or values without commas between them; so brackets and
-/// strings are followed here, and each element goes to serde_json on its own. An element that
-/// does not parse does not end the rest.
+/// serde_json reads an array at once; so brackets and strings are followed here, and each element
+/// goes to serde_json on its own. An element that does not parse does not end the rest.
 #[derive(Debug)]
-pub(crate) struct ArrayReader<R> {
+pub(crate) struct ElementReader<R> {
     path: PathBuf,
     bytes: R,
+    kind: Kind,
     rows: u64,
     at_last: bool,
     ended: bool,
-    element: Vec<u8>,
 }
 
-impl<R: BufRead> ArrayReader<R> {
-    /// `bytes` begins behind the opening bracket; `path` is for the errors.
-    pub(crate) fn new(bytes: R, path: PathBuf) -> ArrayReader<R> {
-        ArrayReader { path, bytes, rows: 0, at_last: false, ended: false, element: Vec::new() }
+/// What the elements stand in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Between brackets and commas; the reader begins behind the first bracket.
+    Array,
+    /// Objects over several lines each, with white space between them.
+    Objects,
+}
+
+/// An element that is not parsed yet.
+#[derive(Clone, Debug)]
+pub(crate) struct Element {
+    /// From 1.
+    pub(crate) number: u64,
+    /// No longer than one byte more than the limit.
+    pub(crate) text: Vec<u8>,
+}
+
+impl Element {
+    pub(crate) fn parse<T: DeserializeOwned>(&self, path: &Path) -> Result<T> {
+        let row_error =
+            |message: String| Error::Row { path: path.to_owned(), row: self.number, message };
+        if self.text.len() > MAX_LINE_BYTES {
+            return Err(row_error(format!("it is longer than {MAX_LINE_BYTES} bytes")));
+        }
+        if is_blank(&self.text) {
+            return Err(row_error("there is nothing between two commas, or behind one".to_owned()));
+        }
+        serde_json::from_slice(&self.text).map_err(|error| row_error(message(&error)))
+    }
+}
+
+impl<R: BufRead> ElementReader<R> {
+    /// `path` is for the errors.
+    pub(crate) fn new(bytes: R, kind: Kind, path: PathBuf) -> ElementReader<R> {
+        ElementReader { path, bytes, kind, rows: 0, at_last: false, ended: false }
     }
 
-    pub(crate) fn next_row<T: DeserializeOwned>(&mut self) -> Option<Result<T>> {
+    pub(crate) fn next_element(&mut self) -> Option<Result<Element>> {
         if self.ended {
             return None;
         }
         match self.read_element() {
-            Ok(true) => {
+            Ok(Some(text)) => {
                 self.rows += 1;
-                Some(self.parse())
+                Some(Ok(Element { number: self.rows, text }))
             }
-            Ok(false) => {
+            Ok(None) => {
                 self.ended = true;
                 None
             }
@@ -47,45 +79,34 @@ impl<R: BufRead> ArrayReader<R> {
         }
     }
 
-    fn parse<T: DeserializeOwned>(&self) -> Result<T> {
-        let row_error =
-            |message: String| Error::Row { path: self.path.clone(), row: self.rows, message };
-        if self.element.len() > MAX_LINE_BYTES {
-            return Err(row_error(format!("it is longer than {MAX_LINE_BYTES} bytes")));
-        }
-        if self.element.iter().all(u8::is_ascii_whitespace) {
-            return Err(row_error("there is nothing between two commas, or behind one".to_owned()));
-        }
-        serde_json::from_slice(&self.element).map_err(|error| row_error(message(&error)))
-    }
-
-    /// Fills `element`; false behind the last one.
-    fn read_element(&mut self) -> Result<bool> {
+    /// The bytes of the next element; `None` behind the last one.
+    fn read_element(&mut self) -> Result<Option<Vec<u8>>> {
         if self.at_last {
-            return self.check_that_nothing_follows().map(|()| false);
+            return self.check_that_nothing_follows().map(|()| None);
         }
-        self.element.clear();
+        let mut element = Vec::new();
         let mut scan = Scan::default();
         loop {
             let chunk = fill(&mut self.bytes)
                 .map_err(|source| Error::Read { path: self.path.clone(), source })?;
             if chunk.is_empty() {
-                return Err(self.broken("the array is cut off"));
+                let is_end = self.kind == Kind::Objects && is_blank(&element);
+                return if is_end { Ok(None) } else { Err(self.broken(self.cut_off())) };
             }
-            let end = scan.delimiter(chunk);
+            let end = scan.end_of_element(chunk, self.kind);
             let len = end.unwrap_or(chunk.len());
-            let room = MAX_LINE_BYTES + 1 - self.element.len();
-            self.element.extend_from_slice(&chunk[..len.min(room)]);
+            let room = MAX_LINE_BYTES + 1 - element.len();
+            element.extend_from_slice(&chunk[..len.min(room)]);
             if let Some(end) = end {
-                self.at_last = chunk[end] == b']';
-                self.bytes.consume(end + 1);
+                let delimiter = usize::from(self.kind == Kind::Array);
+                self.at_last = delimiter > 0 && chunk[end] == b']';
+                self.bytes.consume(end + delimiter);
                 break;
             }
             self.bytes.consume(len);
         }
-        let is_empty_array =
-            self.rows == 0 && self.at_last && self.element.iter().all(u8::is_ascii_whitespace);
-        if is_empty_array { self.read_element() } else { Ok(true) }
+        let is_empty_array = self.rows == 0 && self.at_last && is_blank(&element);
+        if is_empty_array { self.read_element() } else { Ok(Some(element)) }
     }
 
     fn check_that_nothing_follows(&mut self) -> Result<()> {
@@ -95,7 +116,7 @@ impl<R: BufRead> ArrayReader<R> {
             if chunk.is_empty() {
                 return Ok(());
             }
-            if !chunk.iter().all(u8::is_ascii_whitespace) {
+            if !is_blank(chunk) {
                 return Err(self.broken("something follows the array"));
             }
             let len = chunk.len();
@@ -103,9 +124,20 @@ impl<R: BufRead> ArrayReader<R> {
         }
     }
 
+    fn cut_off(&self) -> &'static str {
+        match self.kind {
+            Kind::Array => "the array is cut off",
+            Kind::Objects => "the object is cut off",
+        }
+    }
+
     fn broken(&self, message: &str) -> Error {
         Error::Array { path: self.path.clone(), rows: self.rows, message: message.to_owned() }
     }
+}
+
+fn is_blank(bytes: &[u8]) -> bool {
+    bytes.iter().all(u8::is_ascii_whitespace)
 }
 
 /// `fill_buf`, unless a signal interrupts it.
@@ -136,27 +168,45 @@ struct Scan {
 }
 
 impl Scan {
-    /// Where the element ends within these bytes: at its comma or at the array's bracket.
-    fn delimiter(&mut self, bytes: &[u8]) -> Option<usize> {
-        bytes.iter().position(|&byte| self.is_delimiter(byte))
-    }
-
-    fn is_delimiter(&mut self, byte: u8) -> bool {
-        if self.escaped {
-            self.escaped = false;
-        } else if self.in_string {
-            self.escaped = byte == b'\\';
-            self.in_string = byte != b'"';
-        } else {
-            match byte {
+    /// Where the element ends within these bytes: at its comma or at the array's bracket, or
+    /// behind the object's brace.
+    fn end_of_element(&mut self, bytes: &[u8], kind: Kind) -> Option<usize> {
+        let mut at = 0;
+        while at < bytes.len() {
+            if self.in_string {
+                at += self.skip_string(&bytes[at..]);
+                continue;
+            }
+            match bytes[at] {
                 b'"' => self.in_string = true,
                 b'[' | b'{' => self.depth += 1,
-                b',' | b']' if self.depth == 0 => return true,
-                b']' | b'}' => self.depth = self.depth.saturating_sub(1),
+                b',' | b']' if self.depth == 0 && kind == Kind::Array => return Some(at),
+                b']' | b'}' => {
+                    self.depth = self.depth.saturating_sub(1);
+                    if self.depth == 0 && kind == Kind::Objects {
+                        return Some(at + 1);
+                    }
+                }
                 _ => {}
             }
+            at += 1;
         }
-        false
+        None
+    }
+
+    /// The bytes up to the end of the string, or all.
+    fn skip_string(&mut self, bytes: &[u8]) -> usize {
+        let mut at = usize::from(std::mem::take(&mut self.escaped));
+        while let Some(next) = memchr2(b'"', b'\\', bytes.get(at..).unwrap_or_default()) {
+            at += next;
+            if bytes[at] == b'"' {
+                self.in_string = false;
+                return at + 1;
+            }
+            at += 2;
+        }
+        self.escaped = at > bytes.len();
+        bytes.len()
     }
 }
 
@@ -169,9 +219,14 @@ mod tests {
 
     /// Reads with buffers of a few bytes, so that every border is met.
     fn rows(text: &[u8], buffer: usize) -> Vec<Result<Value>> {
-        let bytes = BufReader::with_capacity(buffer, &text[1..]);
-        let mut reader = ArrayReader::new(bytes, "x.json".into());
-        std::iter::from_fn(|| reader.next_row()).collect()
+        read(&text[1..], buffer, Kind::Array)
+    }
+
+    fn read(text: &[u8], buffer: usize, kind: Kind) -> Vec<Result<Value>> {
+        let bytes = BufReader::with_capacity(buffer, text);
+        let mut reader = ElementReader::new(bytes, kind, "x.json".into());
+        let elements = std::iter::from_fn(|| reader.next_element());
+        elements.map(|element| element?.parse(Path::new("x.json"))).collect()
     }
 
     fn errors(text: &str) -> Vec<String> {
@@ -236,11 +291,33 @@ mod tests {
     fn an_element_that_is_too_long_costs_no_more_memory_than_the_limit() {
         let long = io::repeat(b'1').take(2 * MAX_LINE_BYTES as u64);
         let bytes = BufReader::new(long.chain(&b", 2]"[..]));
-        let mut reader = ArrayReader::new(bytes, "x.json".into());
-        let error = reader.next_row::<Value>().unwrap().unwrap_err();
+        let mut reader = ElementReader::new(bytes, Kind::Array, "x.json".into());
+        let element = reader.next_element().unwrap().unwrap();
+        let path = Path::new("x.json");
+        let error = element.parse::<Value>(path).unwrap_err();
         assert!(error.to_string().contains("row 1: it is longer than"), "{error}");
-        assert!(reader.element.capacity() <= 2 * MAX_LINE_BYTES + 2);
-        assert_eq!(reader.next_row::<Value>().unwrap().unwrap(), 2);
+        assert!(element.text.capacity() <= 2 * MAX_LINE_BYTES + 2);
+        let last = reader.next_element().unwrap().unwrap();
+        assert_eq!(last.parse::<Value>(path).unwrap(), 2);
+    }
+
+    #[test]
+    fn objects_over_several_lines_follow_each_other() {
+        let text = br#"{
+          "a": "}\\",
+          "b": [{}, {"c": 1}]
+        }
+        {
+          "a": 2
+        } "#;
+        for buffer in [1, 2, 5, 4096] {
+            let found = read(text, buffer, Kind::Objects);
+            assert_eq!(found.len(), 2);
+            assert_eq!(found[0].as_ref().unwrap()["a"], "}\\");
+            assert_eq!(found[1].as_ref().unwrap()["a"], 2);
+        }
+        let cut = read(&text[..30], 3, Kind::Objects);
+        assert!(cut[0].as_ref().unwrap_err().to_string().ends_with("the object is cut off"));
     }
 
     proptest! {
