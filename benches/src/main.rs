@@ -9,6 +9,7 @@ mod end_to_end;
 mod load;
 mod machine;
 mod tensor_parallel;
+mod step1;
 mod train;
 
 use std::path::PathBuf;
@@ -38,6 +39,8 @@ enum Bench {
     EndToEnd(end_to_end::EndToEndArgs),
     /// LoRA training tokens/s and memory on one fixed random batch.
     Train(train::TrainArgs),
+    /// MB/s and memory of step 1's commands.
+    Step1(step1::Step1Args),
 }
 
 /// What all benches take.
@@ -59,5 +62,6 @@ fn main() -> Result<()> {
         Bench::TpRank(args) => tensor_parallel::run_rank(&args),
         Bench::EndToEnd(args) => end_to_end::run(&args),
         Bench::Train(args) => train::run(&args),
+        Bench::Step1(args) => step1::run(&args),
     }
 }

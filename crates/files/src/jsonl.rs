@@ -3,7 +3,7 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 
 use crate::{Error, Result};
 
@@ -41,6 +41,20 @@ impl JsonLine {
         match self.number {
             1 => self.text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&self.text),
             _ => &self.text,
+        }
+    }
+
+    /// Whether it is the last line and not cut off, or another one; `path` is for the error.
+    ///
+    /// # Errors
+    /// [`Error::TornTail`].
+    pub fn check_tail(&self, path: &Path) -> Result<()> {
+        match self.end {
+            End::File => match self.parse::<IgnoredAny>(path) {
+                Err(error @ Error::TornTail { .. }) => Err(error),
+                _ => Ok(()),
+            },
+            End::Newline | End::TooLong => Ok(()),
         }
     }
 
@@ -206,6 +220,8 @@ mod tests {
         for text in ["{\"id\": \"a", "{", "{\"id\": \"\\ud83d", "{\"id\":", "{\"id\": \"a\""] {
             let error = rows::<Row>(text.as_bytes()).pop().unwrap().unwrap_err();
             assert!(matches!(error, Error::TornTail { line: 1, .. }), "{text}: {error}");
+            let line = JsonlReader::<_, Row>::new(text.as_bytes(), "x").next_line().unwrap();
+            assert!(line.unwrap().check_tail(Path::new("x")).is_err());
         }
         for text in ["{\"id\": 1}", "{\"id\" \"a\"}", "{\"id\": \"a\n"] {
             let error = rows::<Row>(text.as_bytes()).pop().unwrap().unwrap_err();

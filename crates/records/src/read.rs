@@ -73,7 +73,7 @@ impl RawRow {
     /// The row as a value.
     ///
     /// # Errors
-    /// One whose [`is_bad_row`](Error::is_bad_row) is true, or that a last line is cut off.
+    /// One whose [`is_bad_row`](Error::is_bad_row) is true.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T> {
         match &self.content {
             Content::Element(element) => element.parse(&self.path),
@@ -210,7 +210,11 @@ impl Iterator for RawRows {
     fn next(&mut self) -> Option<Result<RawRow>> {
         let content = match &mut self.format {
             Format::Elements(elements) => elements.next_element()?.map(Content::Element),
-            Format::Lines(lines) => lines.next_line()?.map(Content::Line).map_err(Error::from),
+            // Lines may be parsed one by one, but a file that is cut off is no matter of one row.
+            Format::Lines(lines) => lines
+                .next_line()?
+                .and_then(|line| line.check_tail(&self.path).map(|()| Content::Line(line)))
+                .map_err(Error::from),
         };
         Some(content.map(|content| RawRow { path: Arc::clone(&self.path), content }))
     }

@@ -21,6 +21,14 @@ pub enum Error {
         /// What the reader said.
         source: polars::error::PolarsError,
     },
+    /// A parquet file cannot be written.
+    #[error("cannot write {}", path.display())]
+    WriteParquet {
+        /// The file.
+        path: PathBuf,
+        /// What the writer said.
+        source: polars::error::PolarsError,
+    },
     /// A parquet file contradicts itself, or is made to break what reads it.
     #[error("{} is damaged: {message}", path.display())]
     DamagedParquet {

@@ -11,6 +11,8 @@
 //! | [`aggregate_sharegpt`] | ShareGPT conversations | their first questions |
 //! | [`clean_and_merge`] | the outputs of both, Dolly, oasst1 | clean prompts, each once, shuffled |
 //!
+//! [`export_parquet`] writes any of the outputs for other tools.
+//!
 //! [`Rules`] chooses between the corrected rules and Dromedary's. A [`Rule`] is a value that looks
 //! at one [`Draft`] of a prompt: [`Cleaner`] cuts page chrome off it, [`NliRule`] and [`LengthRule`]
 //! leave prompts out; a [`Pipeline`] combines them with a program's own. [`Fingerprint`] and
@@ -57,9 +59,10 @@ pub mod text;
 
 pub use clean::{Cleaned, Cleaner, Edit};
 pub use commands::{
-    AggregateArgs, AggregateConfig, JudgeArgs, JudgeConfig, MergeArgs, MergeConfig, OptionalArgs,
-    OptionalConfig, SUBCOMMANDS, Session, SharedArgs, SharedConfig, SubsampleArgs, SubsampleConfig,
-    aggregate_sharegpt, clean_and_merge, subsample_openorca,
+    AggregateArgs, AggregateConfig, ExportArgs, ExportConfig, JudgeArgs, JudgeConfig, MergeArgs,
+    MergeConfig, OptionalArgs, OptionalConfig, SUBCOMMANDS, Session, SharedArgs, SharedConfig,
+    SubsampleArgs, SubsampleConfig, aggregate_sharegpt, clean_and_merge, export_parquet,
+    subsample_openorca,
 };
 pub use decontamination::DecontaminationRule;
 pub use dedup::{Fingerprint, KeyedOrder};

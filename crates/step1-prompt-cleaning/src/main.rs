@@ -6,8 +6,9 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use dromedary_command::{Common, StopFlag, init_logging, layered, parse, print_config, run};
 use dromedary_prompt_cleaning::{
-    AggregateArgs, AggregateConfig, MergeArgs, MergeConfig, SUBCOMMANDS, Session, SubsampleArgs,
-    SubsampleConfig, aggregate_sharegpt, clean_and_merge, subsample_openorca,
+    AggregateArgs, AggregateConfig, ExportArgs, ExportConfig, MergeArgs, MergeConfig, SUBCOMMANDS,
+    Session, SubsampleArgs, SubsampleConfig, aggregate_sharegpt, clean_and_merge, export_parquet,
+    subsample_openorca,
 };
 use dromedary_prompt_cleaning::{Report, Result};
 use serde::Serialize;
@@ -36,6 +37,8 @@ enum Command {
     AggregateSharegpt(AggregateArgs),
     /// Clean the prompts of ShareGPT, OpenOrca, Dolly and oasst1 and shuffle them into one file.
     CleanAndMerge(MergeArgs),
+    /// Write files of prompts as one parquet file for other tools.
+    ExportParquet(ExportArgs),
 }
 
 fn main() -> ExitCode {
@@ -51,6 +54,11 @@ fn main() -> ExitCode {
             }
             Command::CleanAndMerge(args) => {
                 execute::<_, MergeConfig>(SUBCOMMANDS[2], args, &common, clean_and_merge)
+            }
+            Command::ExportParquet(args) => {
+                execute::<_, ExportConfig>(SUBCOMMANDS[3], args, &common, |config, session| {
+                    export_parquet(config, session).map(|_| Report::default())
+                })
             }
         }
     })

@@ -1,6 +1,7 @@
-//! The three commands; each file has the flags, the settings and the work of one.
+//! The commands; each file has the flags, the settings and the work of one.
 
 mod aggregate;
+mod export;
 mod merge;
 mod merger;
 mod optional;
@@ -15,6 +16,7 @@ use dromedary_records::RowWriter;
 use rayon::prelude::*;
 
 pub use aggregate::{AggregateArgs, AggregateConfig, aggregate_sharegpt};
+pub use export::{ExportArgs, ExportConfig, export_parquet};
 pub use merge::{MergeArgs, MergeConfig, clean_and_merge};
 pub use optional::{OptionalArgs, OptionalConfig};
 pub use settings::{JudgeArgs, JudgeConfig, SharedArgs, SharedConfig};
@@ -26,7 +28,8 @@ use crate::sources::{BadRows, Fault, RawRow, RawRows, Row, SourceRows};
 use crate::{Error, Result};
 
 /// The subcommands, which are also the tables that a configuration file may have.
-pub const SUBCOMMANDS: [&str; 3] = ["subsample-openorca", "aggregate-sharegpt", "clean-and-merge"];
+pub const SUBCOMMANDS: [&str; 4] =
+    ["subsample-openorca", "aggregate-sharegpt", "clean-and-merge", "export-parquet"];
 
 /// So many rows are read, then judged by all threads, then admitted in order.
 const BATCH: usize = 4096;
@@ -43,7 +46,15 @@ pub struct Session {
     pub show_progress: bool,
 }
 
-/// What all commands do around their own work.
+impl Session {
+    fn check_stop(&self) -> Result<()> {
+        self.stop
+            .check(|| "run the command again".to_owned())
+            .map_err(|source| Error::Interrupted { source })
+    }
+}
+
+/// What the commands that judge rows do around their own work.
 struct Run<'s> {
     session: &'s Session,
     progress: Progress,
@@ -86,10 +97,7 @@ impl<'s> Run<'s> {
         let judge = |row: RawRow| read(row).map(&judge);
         let mut batch = next_batch(&mut raw)?;
         while !batch.is_empty() {
-            self.session
-                .stop
-                .check(|| "run the command again".to_owned())
-                .map_err(|source| Error::Interrupted { source })?;
+            self.session.check_stop()?;
             let rows = batch.len() as u64;
             let (next, judged) = rayon::join(
                 || next_batch(&mut raw),

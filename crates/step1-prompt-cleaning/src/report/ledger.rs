@@ -186,6 +186,7 @@ fn excerpt(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::DropReason;
 
     #[test]
     fn few_samples_are_kept_and_the_order_of_rows_does_not_matter() {

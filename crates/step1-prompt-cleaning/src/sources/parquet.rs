@@ -237,3 +237,44 @@ fn value_of(cell: AnyValue<'_>) -> Value {
         _ => Value::Plain("a number or other plain value"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use polars::prelude::ParquetWriter;
+
+    fn written(rows: usize) -> (FileMetadata, u64) {
+        let texts: Vec<String> = (0..rows).map(|n| n.to_string()).collect();
+        let columns =
+            vec![Column::new("id".into(), &texts), Column::new("question".into(), &texts)];
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.parquet");
+        ParquetWriter::new(File::create(&path).unwrap())
+            .finish(&mut DataFrame::new(rows, columns).unwrap())
+            .unwrap();
+        let reader = SliceReader::open(&path, &["id"]).unwrap();
+        (FileMetadata::clone(&reader.metadata), path.metadata().unwrap().len())
+    }
+
+    /// As 42.parquet does it: a few pages that thousands of row groups share.
+    #[test]
+    fn a_bomb_is_refused_by_its_footer() {
+        let (mut metadata, bytes) = written(100);
+        assert_eq!(check(&metadata, bytes), Ok(()));
+        let group = metadata.row_groups[0].clone();
+        metadata.row_groups = vec![group; 50];
+        metadata.num_rows = 5000;
+        let message = check(&metadata, bytes).unwrap_err();
+        assert!(message.contains("bytes in its columns"), "{message}");
+        metadata.num_rows = usize::MAX;
+        assert!(check(&metadata, bytes).unwrap_err().contains("in its row groups"));
+    }
+
+    #[test]
+    fn more_rows_than_a_file_can_hold_are_refused() {
+        let (metadata, bytes) = written(5000);
+        assert_eq!(check(&metadata, bytes), Ok(()));
+        assert!(check(&metadata, 4).unwrap_err().contains("cannot be in 4 bytes"));
+        assert!(check(&metadata, bytes / 2).unwrap_err().contains("a column lies at"));
+    }
+}

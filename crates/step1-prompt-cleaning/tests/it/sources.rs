@@ -320,13 +320,18 @@ fn hostile_json_is_one_bad_row_each() {
 }
 
 #[test]
-fn an_array_that_is_cut_is_an_error() {
+fn a_file_that_is_cut_is_an_error() {
     let folder = Folder::new();
-    let path = folder.write("o.json", r#"[{"id": "flan.1", "question": "a"}, {"id": "fl"#);
-    let rows: Vec<_> = OpenOrcaQuestion::open(&path).unwrap().collect();
-    assert!(rows[0].is_ok());
-    let error = rows[1].as_ref().unwrap_err().to_string();
-    assert!(error.contains("o.json"), "{error}");
+    for (name, text) in [
+        ("o.json", r#"[{"id": "flan.1", "question": "a"}, {"id": "fl"#),
+        ("o.jsonl", "{\"id\": \"flan.1\", \"question\": \"a\"}\n{\"id\": \"fl"),
+    ] {
+        let rows: Vec<_> =
+            OpenOrcaQuestion::open(&folder.write(name, text)).unwrap().collect();
+        assert!(rows[0].is_ok());
+        let error = rows[1].as_ref().unwrap_err().to_string();
+        assert!(error.contains(name), "{error}");
+    }
 }
 
 #[test]
