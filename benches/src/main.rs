@@ -8,8 +8,8 @@ mod decode;
 mod end_to_end;
 mod load;
 mod machine;
-mod tensor_parallel;
 mod step1;
+mod tensor_parallel;
 mod train;
 
 use std::path::PathBuf;

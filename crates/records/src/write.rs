@@ -114,6 +114,9 @@ impl RowWriter {
     }
 }
 
+/// What most rows take, so that their text seldom moves while it grows.
+const ROW_BYTES: usize = 1024;
+
 /// Encodes rows for a [`RowWriter`].
 #[derive(Clone, Debug)]
 pub struct RowEncoder {
@@ -147,7 +150,8 @@ impl RowEncoder {
 
 /// A row on lines of its own, as an element of an array.
 fn indented(row: &impl Serialize) -> serde_json::Result<Vec<u8>> {
-    let mut text = b"\n  ".to_vec();
+    let mut text = Vec::with_capacity(ROW_BYTES);
+    text.extend_from_slice(b"\n  ");
     let mut formatter = PrettyFormatter::with_indent(b"  ");
     // As if within an array: what that writes is written by the file.
     formatter.begin_array(&mut io::sink()).map_err(serde_json::Error::io)?;

@@ -9,9 +9,10 @@ use tempfile::SpooledTempFile;
 
 use crate::{Error, Result};
 
-/// A bucket that grows beyond this goes to disk, so that all of them together hold 32 MB.
+/// A bucket that grows beyond this goes to disk, so that all of them together hold 36 MB.
 const BUCKET_MEMORY: usize = 256 * 1024;
 const BUCKETS: usize = 128;
+const BUFFER: usize = 32 * 1024;
 const SHIFT: u32 = u128::BITS - BUCKETS.ilog2();
 
 /// Rows that come in any order and go in the order of their keys, with little memory: by the first
@@ -40,9 +41,15 @@ pub(crate) struct Spilled {
 }
 
 impl Spilled {
-    /// A row; keys should be evenly distributed.
-    pub(crate) fn new(key: u128, row: &impl Serialize) -> serde_json::Result<Spilled> {
-        Ok(Spilled { key, json: serde_json::to_vec(row)? })
+    /// A row of about so many bytes; keys should be evenly distributed.
+    pub(crate) fn new(
+        key: u128,
+        row: &impl Serialize,
+        bytes: usize,
+    ) -> serde_json::Result<Spilled> {
+        let mut json = Vec::with_capacity(bytes + bytes / 8 + 128);
+        serde_json::to_writer(&mut json, row)?;
+        Ok(Spilled { key, json })
     }
 }
 
@@ -50,14 +57,15 @@ impl<T: Serialize + DeserializeOwned + Send> KeyedBuckets<T> {
     /// Buckets on the disk that `output` will be written to.
     pub(crate) fn beside(output: &Path) -> KeyedBuckets<T> {
         let folder = folder_of(output);
-        let bucket = || BufWriter::new(tempfile::spooled_tempfile_in(BUCKET_MEMORY, &folder));
+        let file = || tempfile::spooled_tempfile_in(BUCKET_MEMORY, &folder);
+        let bucket = || BufWriter::with_capacity(BUFFER, file());
         let buckets = std::iter::repeat_with(bucket).take(BUCKETS).collect();
         KeyedBuckets { buckets, folder, rows: PhantomData }
     }
 
     /// Adds a row; keys should be evenly distributed.
     pub(crate) fn push(&mut self, key: u128, row: &T) -> Result<()> {
-        self.push_spilled(0, Spilled::new(key, row))
+        self.push_spilled(0, Spilled::new(key, row, 0))
     }
 
     /// Adds a row that was encoded elsewhere, and its number.
@@ -117,8 +125,9 @@ fn read_sorted<T: DeserializeOwned + Send>(
 ) -> io::Result<Vec<Entry<T>>> {
     bucket.flush()?;
     let file = bucket.get_mut();
+    let length = file.stream_position()?;
     file.rewind()?;
-    let mut bytes = Vec::new();
+    let mut bytes = Vec::with_capacity(usize::try_from(length).map_err(io::Error::other)? + 1);
     file.read_to_end(&mut bytes)?;
     let mut rest = bytes.as_slice();
     let mut rows = Vec::new();

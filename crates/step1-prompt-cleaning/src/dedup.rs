@@ -59,7 +59,8 @@ impl KeyedOrder {
         hash.as_bytes()[..8].iter().fold(0, |key, &byte| key << 8 | u64::from(byte))
     }
 
-    fn keys(&self, prompt: &Fingerprint) -> (u128, u128) {
+    /// Its places in the sample and in the output.
+    pub(crate) fn keys(&self, prompt: &Fingerprint) -> (u128, u128) {
         let hash = blake3::keyed_hash(&self.key, prompt.as_bytes());
         let half = |range: std::ops::Range<usize>| {
             hash.as_bytes()[range].iter().fold(0, |key, &byte| key << 8 | u128::from(byte))

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use memchr::memmem;
+
 use crate::{Lists, Rules, TokenCounter};
 
 /// Why a row does not become a prompt.
@@ -113,7 +115,7 @@ impl NliRule {
     /// The first keyword that the question has.
     pub fn keyword(&self, question: &str) -> Option<&str> {
         let has = |keyword: &str| match self.rules {
-            Rules::Dromedary => question.contains(keyword),
+            Rules::Dromedary => memmem::find(question.as_bytes(), keyword.as_bytes()).is_some(),
             Rules::Corrected => contains_words(question, keyword),
         };
         self.lists.nli_keywords.iter().map(String::as_str).find(|keyword| has(keyword))
@@ -121,7 +123,7 @@ impl NliRule {
 }
 
 fn contains_words(text: &str, words: &str) -> bool {
-    text.match_indices(words).any(|(start, _)| {
+    memmem::find_iter(text.as_bytes(), words).any(|start| {
         let before = text[..start].chars().next_back();
         let behind = text[start + words.len()..].chars().next();
         !before.is_some_and(char::is_alphanumeric) && !behind.is_some_and(char::is_alphanumeric)

@@ -14,16 +14,29 @@ pub fn strip(text: &str) -> &str {
 /// Lower case, with every run of white space as one space and none at the ends: two prompts that
 /// differ in nothing else are the same prompt.
 pub fn normalize(text: &str) -> String {
+    if text.is_ascii() {
+        return normalize_ascii(text);
+    }
     let mut normalized = String::with_capacity(text.len());
     for word in text.split(is_space).filter(|word| !word.is_empty()) {
         if !normalized.is_empty() {
             normalized.push(' ');
         }
-        if word.is_ascii() {
-            normalized.extend(word.bytes().map(|byte| char::from(byte.to_ascii_lowercase())));
-        } else {
-            normalized.push_str(&word.to_lowercase());
+        normalized.push_str(&word.to_lowercase());
+    }
+    normalized
+}
+
+/// The same for most texts, without a look at each character's class.
+fn normalize_ascii(text: &str) -> String {
+    let mut normalized = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if !is_space(char::from(byte)) {
+            normalized.push(char::from(byte.to_ascii_lowercase()));
+        } else if !normalized.is_empty() && !normalized.ends_with(' ') {
+            normalized.push(' ');
         }
     }
+    normalized.truncate(normalized.trim_end().len());
     normalized
 }

@@ -83,29 +83,35 @@ impl<'s> Run<'s> {
         }
     }
 
-    /// Judges the rows of a file on all threads, while the next ones are read, and admits them in
-    /// its order; a bad row is admitted with its fault.
+    /// Judges the rows of a file on all threads, while the next ones are read and the last ones
+    /// admitted, in their order; a bad row is admitted with its fault.
     fn read<T: Send + 'static, J: Send>(
         &mut self,
         path: &Path,
         rows: SourceRows<T>,
         judge: impl Fn(T) -> J + Sync,
-        mut admit: impl FnMut(std::result::Result<J, Fault>) -> Result<()>,
+        mut admit: impl FnMut(std::result::Result<J, Fault>) -> Result<()> + Send,
     ) -> Result<()> {
         let mut bad_rows = BadRows::of(path, self.max_bad_rows);
         let (mut raw, read) = rows.into_parts();
         let judge = |row: RawRow| read(row).map(&judge);
         let mut batch = next_batch(&mut raw)?;
-        while !batch.is_empty() {
+        let mut judged: Vec<Row<J>> = Vec::new();
+        while !(batch.is_empty() && judged.is_empty()) {
             self.session.check_stop()?;
             let rows = batch.len() as u64;
-            let (next, judged) = rayon::join(
-                || next_batch(&mut raw),
-                || batch.into_par_iter().map(&judge).collect::<Vec<Row<J>>>(),
+            let (admitted, (next, now_judged)) = rayon::join(
+                || judged.into_iter().try_for_each(|row| admit(bad_rows.accept(row))),
+                || {
+                    rayon::join(
+                        || next_batch(&mut raw),
+                        || batch.into_par_iter().map(&judge).collect(),
+                    )
+                },
             );
-            judged.into_iter().try_for_each(|row| admit(bad_rows.accept(row)))?;
+            admitted?;
             self.show(rows, path, raw.share());
-            batch = next?;
+            (batch, judged) = (next?, now_judged);
         }
         self.inputs.push(bad_rows.finish()?);
         self.bytes_done += bytes_of(path);

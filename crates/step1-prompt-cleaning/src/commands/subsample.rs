@@ -1,3 +1,4 @@
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -186,22 +187,22 @@ impl Judge {
     fn spilled(&self, stratum: Stratum, judged: &Judged) -> serde_json::Result<Spilled> {
         let question = &judged.draft.instruction;
         let fingerprint = Fingerprint::of(self.rules, question);
-        let sample_key = self.order.sample_key(&fingerprint);
+        let (sample_key, output_key) = self.order.keys(&fingerprint);
         let counter = self.counter.as_ref().filter(|_| judged.dropped.is_none());
         let waiting = Waiting {
             stratum: place(&Stratum::ALL, &stratum),
             drop: judged.dropped.as_ref().map(|drop| place(&DropReason::ALL, &drop.reason)),
             sample_key: ((sample_key >> 64) as u64, sample_key as u64),
             tokens: counter.map(|counter| counter.count(question) as u32),
-            question: question.clone(),
+            question: Cow::Borrowed(question.as_str()),
         };
-        Spilled::new(self.order.output_key(&fingerprint), &waiting)
+        Spilled::new(output_key, &waiting, question.len())
     }
 }
 
 /// A question that waits on disk.
 #[derive(Serialize, Deserialize)]
-struct Waiting {
+struct Waiting<'q> {
     /// Its place in [`Stratum::ALL`].
     stratum: usize,
     /// The place in [`DropReason::ALL`] of why it is dropped, unless it is a duplicate.
@@ -209,10 +210,10 @@ struct Waiting {
     /// The halves of the key that says whether it is in the sample.
     sample_key: (u64, u64),
     tokens: Option<u32>,
-    question: String,
+    question: Cow<'q, str>,
 }
 
-impl Waiting {
+impl Waiting<'_> {
     fn stratum(&self) -> Stratum {
         Stratum::ALL[self.stratum]
     }
@@ -231,7 +232,7 @@ fn place<T: PartialEq>(all: &[T], value: &T) -> usize {
 struct Sampler<'j> {
     judge: &'j Judge,
     rows: u64,
-    buckets: KeyedBuckets<Waiting>,
+    buckets: KeyedBuckets<Waiting<'static>>,
     ledger: Ledger,
     search: Search,
 }
@@ -287,47 +288,35 @@ impl<'j> Sampler<'j> {
         Ok(())
     }
 
-    /// Writes the sample in its order.
+    /// Writes the sample in its order: one bucket, while the next is read.
     fn write(mut self, cap: usize, writer: &mut RowWriter) -> Result<(Ledger, Search)> {
         let last_keys = self.last_sample_keys(cap)?;
         let encoder = writer.encoder();
         let Sampler { mut buckets, mut ledger, mut search, .. } = self;
-        for bucket in buckets.ordered() {
-            let mut kept = Vec::new();
-            for Equal { first, others } in equals(bucket?) {
-                for other in others {
-                    let (name, duplicate) = (row_name(other.number), duplicate_of(first.number));
-                    search.step(name, "duplicates", Some(duplicate.clone()));
-                    let source = other.row.stratum().reported_name();
-                    ledger.dropped(source, name, &duplicate, || other.row.question);
+        let mut buckets = buckets.ordered();
+        let mut next = buckets.next();
+        while let Some(bucket) = next {
+            let bucket = bucket?;
+            let write = || {
+                let mut kept = Vec::new();
+                for equal in equals(bucket) {
+                    kept.extend(choose(equal, &last_keys, &mut ledger, &mut search));
                 }
-                let (name, waiting) = (row_name(first.number), first.row);
-                let last_key = last_keys.get(&waiting.stratum());
-                let over = last_key.is_some_and(|last| waiting.sample_key > *last);
-                let over = over.then(|| Dropped::plain(DropReason::OverCap));
-                if waiting.drop.is_none() {
-                    search.step(name, "duplicates", None);
-                    search.step(name, "cap", over.clone());
-                }
-                let source = waiting.stratum().reported_name();
-                match waiting.drop().map(Dropped::plain).or(over) {
-                    Some(dropped) => ledger.dropped(source, name, &dropped, || waiting.question),
-                    None => {
-                        ledger.kept(source, waiting.tokens);
-                        kept.push(waiting.question);
-                    }
-                }
-            }
-            let encode =
-                |question| encoder.encode(&Draft::new(Source::OpenOrca, question).into_prompt());
-            let rows: Vec<_> = kept.into_par_iter().map(encode).collect();
-            rows.into_iter().try_for_each(|row| writer.write_encoded(&row?))?;
+                let encode = |question| {
+                    encoder.encode(&Draft::new(Source::OpenOrca, question).into_prompt())
+                };
+                let rows: Vec<_> = kept.into_par_iter().map(encode).collect();
+                rows.into_iter().try_for_each(|row| writer.write_encoded(&row?))
+            };
+            let (written, read) = rayon::join(write, || buckets.next());
+            written?;
+            next = read;
         }
         Ok((ledger, search))
     }
 
     /// The sample key of the last row kept, of each stratum with more than `cap` of them.
-    fn last_sample_keys(&mut self, cap: usize) -> Result<BTreeMap<Stratum, (u64, u64)>> {
+    fn last_sample_keys(&mut self, cap: usize) -> Result<LastKeys> {
         if self.rows <= cap as u64 {
             return Ok(BTreeMap::new());
         }
@@ -352,15 +341,53 @@ impl<'j> Sampler<'j> {
     }
 }
 
+/// The keys of the last rows that are in the sample, for the strata that have more.
+type LastKeys = BTreeMap<Stratum, (u64, u64)>;
+
+/// The question that is written of equal ones, if one is.
+fn choose(
+    equal: Equal,
+    last_keys: &LastKeys,
+    ledger: &mut Ledger,
+    search: &mut Search,
+) -> Option<String> {
+    let Equal { first, others } = equal;
+    for other in others {
+        let (name, duplicate) = (row_name(other.number), duplicate_of(first.number));
+        search.step(name, "duplicates", Some(duplicate.clone()));
+        let source = other.row.stratum().reported_name();
+        ledger.dropped(source, name, &duplicate, || other.row.question.into_owned());
+    }
+    let (name, waiting) = (row_name(first.number), first.row);
+    let last_key = last_keys.get(&waiting.stratum());
+    let over = last_key.is_some_and(|last| waiting.sample_key > *last);
+    let over = over.then(|| Dropped::plain(DropReason::OverCap));
+    if waiting.drop.is_none() {
+        search.step(name, "duplicates", None);
+        search.step(name, "cap", over.clone());
+    }
+    let source = waiting.stratum().reported_name();
+    match waiting.drop().map(Dropped::plain).or(over) {
+        Some(dropped) => {
+            ledger.dropped(source, name, &dropped, || waiting.question.into_owned());
+            None
+        }
+        None => {
+            ledger.kept(source, waiting.tokens);
+            Some(waiting.question.into_owned())
+        }
+    }
+}
+
 /// Questions that are the same.
 struct Equal {
     /// What is in the first stratum, wherever it stands in the files, and there what came first.
-    first: Entry<Waiting>,
-    others: Vec<Entry<Waiting>>,
+    first: Entry<Waiting<'static>>,
+    others: Vec<Entry<Waiting<'static>>>,
 }
 
 /// The rows of a bucket, those with the same key together.
-fn equals(bucket: Vec<Entry<Waiting>>) -> impl Iterator<Item = Equal> {
+fn equals(bucket: Vec<Entry<Waiting<'static>>>) -> impl Iterator<Item = Equal> {
     let mut rows = bucket.into_iter().peekable();
     std::iter::from_fn(move || {
         let mut first = rows.next()?;

@@ -326,8 +326,7 @@ fn a_file_that_is_cut_is_an_error() {
         ("o.json", r#"[{"id": "flan.1", "question": "a"}, {"id": "fl"#),
         ("o.jsonl", "{\"id\": \"flan.1\", \"question\": \"a\"}\n{\"id\": \"fl"),
     ] {
-        let rows: Vec<_> =
-            OpenOrcaQuestion::open(&folder.write(name, text)).unwrap().collect();
+        let rows: Vec<_> = OpenOrcaQuestion::open(&folder.write(name, text)).unwrap().collect();
         assert!(rows[0].is_ok());
         let error = rows[1].as_ref().unwrap_err().to_string();
         assert!(error.contains(name), "{error}");
