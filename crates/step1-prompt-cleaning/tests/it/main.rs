@@ -34,6 +34,7 @@ mod example;
 
 /// What the library must not need.
 mod dependencies;
+
 /// Forms of files, folders of them, and what is the same whatever the form or the threads.
 mod formats;
 

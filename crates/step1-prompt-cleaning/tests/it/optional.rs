@@ -272,8 +272,8 @@ fn the_benchmarks_of_the_paper_are_found() {
 /// The sources of the sample data, with these optional rules.
 fn merge(folder: &Folder, name: &str, optional: OptionalArgs, shared: SharedArgs) -> Report {
     let args = MergeArgs {
-        dolly: Some(dummy_data("dolly.jsonl")),
-        oasst: Some(dummy_data("oasst1.jsonl")),
+        dolly: vec![dummy_data("dolly.jsonl")],
+        oasst: vec![dummy_data("oasst1.jsonl")],
         output_file: Some(folder.path(name)),
         judge: JudgeArgs { tokenizer: Some(small_tokenizer()), ..JudgeArgs::default() },
         optional,
@@ -311,8 +311,8 @@ fn caps_and_mixes_are_kept_to() {
 fn wrong_settings_are_named() {
     let resolve = |optional| {
         let args = MergeArgs {
-            dolly: Some(dummy_data("dolly.jsonl")),
-            oasst: Some(dummy_data("oasst1.jsonl")),
+            dolly: vec![dummy_data("dolly.jsonl")],
+            oasst: vec![dummy_data("oasst1.jsonl")],
             output_file: Some("p.json".into()),
             optional,
             ..MergeArgs::default()
@@ -349,8 +349,8 @@ fn a_keyed_sample_stays_when_rows_are_added_elsewhere() {
     };
     let sample = |name: &str, rows: &[serde_json::Value], share: f64, with_oasst: bool| {
         let args = MergeArgs {
-            dolly: Some(folder.lines(&format!("{name}.jsonl"), rows)),
-            oasst: with_oasst.then(|| dummy_data("oasst1.jsonl")),
+            dolly: vec![folder.lines(&format!("{name}.jsonl"), rows)],
+            oasst: with_oasst.then(|| dummy_data("oasst1.jsonl")).into_iter().collect(),
             output_file: Some(folder.path(name)),
             optional: OptionalArgs { sample: Some(share), ..OptionalArgs::default() },
             ..MergeArgs::default()
@@ -414,7 +414,7 @@ fn near_duplicates_and_languages_are_off_by_default() {
     let dolly = folder.lines("d.jsonl", &rows);
     let run = |optional: OptionalArgs| {
         let args = MergeArgs {
-            dolly: Some(dolly.clone()),
+            dolly: vec![dolly.clone()],
             output_file: Some(folder.path("p.json")),
             optional,
             ..MergeArgs::default()
@@ -444,7 +444,7 @@ fn lists_of_a_file_replace_those_that_are_built_in() {
     let prompts = folder.lines("s.jsonl", &rows);
     let lists = folder.write("lists.toml", "buttons = [\"Like and share\"]\n");
     let args = MergeArgs {
-        sharegpt_prompt_path: Some(prompts),
+        sharegpt_prompt_path: vec![prompts],
         output_file: Some(folder.path("p.json")),
         judge: JudgeArgs { lists: Some(lists.clone()), ..JudgeArgs::default() },
         ..MergeArgs::default()

@@ -22,9 +22,9 @@ fn report(folder: &Folder) -> Report {
     .map(str::to_owned);
     assert!(step1(&sharegpt.iter().map(String::as_str).collect::<Vec<_>>()).status.success());
     let args = MergeArgs {
-        dolly: Some(dummy_data("dolly.jsonl")),
-        oasst: Some(dummy_data("oasst1.jsonl")),
-        sharegpt_prompt_path: path("sharegpt.json"),
+        dolly: vec![dummy_data("dolly.jsonl")],
+        oasst: vec![dummy_data("oasst1.jsonl")],
+        sharegpt_prompt_path: vec![folder.path("sharegpt.json")],
         output_file: path("prompts.json"),
         judge: JudgeArgs {
             tokenizer: Some(small_tokenizer()),
@@ -144,7 +144,7 @@ fn the_page_has_the_numbers_and_no_text_of_a_row_is_a_part_of_it() {
     let evil = "<script>alert(1)</script> & \"quotes\"";
     let rows = [evil, evil].map(|text| json!({"id": "flan.1", "question": text}));
     let args = SubsampleArgs {
-        train_data_path: Some(folder.lines("o.jsonl", &rows)),
+        train_data_path: vec![folder.lines("o.jsonl", &rows)],
         output_path: Some(folder.path("o.json")),
         shared: SharedArgs { report: Some(folder.path("evil")), ..SharedArgs::default() },
         ..SubsampleArgs::default()
