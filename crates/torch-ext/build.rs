@@ -40,7 +40,11 @@ fn main() {
         .flag("-isystem")
         .flag(include.join("torch/csrc/api/include").display().to_string())
         .flag_if_supported("-Wall")
+        // Without it `at::parallel_for`, a template of the header, is a plain loop.
+        .flag("-fopenmp")
         .compile("torch_ext");
+    // The one that libtorch has loaded: its threads are shared.
+    println!("cargo::rustc-link-lib=gomp");
     println!("cargo::rustc-link-arg=-Wl,-rpath,{}", lib.display());
     println!("cargo::metadata=libtorch_lib={}", lib.display());
 }

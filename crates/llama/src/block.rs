@@ -7,7 +7,7 @@ use tch::Tensor;
 
 pub use crate::attention::causal_attention;
 pub use crate::heads::{HeadRun, Heads};
-use crate::{Result, linear::Linear, norm::RmsNorm, rotary::RotaryAt};
+use crate::{Result, kernels::Kernels, linear::Linear, norm::RmsNorm, rotary::RotaryAt};
 
 /// The weights of one layer, as this rank holds them.
 #[derive(Debug)]
@@ -26,6 +26,15 @@ pub struct Layer {
     pub down_proj: Linear,
     /// The attention heads of this rank.
     pub heads: Heads,
+    /// What computes between the linear layers where no gradient is asked for; libtorch's
+    /// operations otherwise.
+    pub(crate) kernels: Option<Kernels>,
+}
+
+impl Layer {
+    fn kernels(&self, x: &Tensor) -> Option<Kernels> {
+        self.kernels.filter(|_| !x.requires_grad())
+    }
 }
 
 /// What attends: given rotated queries `(T, H, D)`, rotated keys and values `(T, KV, D)` of the new
@@ -51,7 +60,11 @@ pub fn attention_partial(
     let (h, kv) = (heads.n_local_heads(), heads.n_local_kv_heads());
     let qkv = layer.qkv_proj.forward(&layer.input_layernorm.forward(x))?;
     let qkv = qkv.view([-1, h + 2 * kv, heads.head_dim]); // (T, H + 2 KV, D)
-    let qk = rotary_at.rotate(&qkv.narrow(1, 0, h + kv)); // (T, H + KV, D)
+    let qk = qkv.narrow(1, 0, h + kv); // (T, H + KV, D)
+    let qk = match layer.kernels(&qk) {
+        Some(kernels) => kernels.rotate(&qk, rotary_at.parts())?,
+        None => rotary_at.rotate(&qk),
+    }; // (T, H + KV, D)
     let out = attend(&qk.narrow(1, 0, h), &qk.narrow(1, h, kv), &qkv.narrow(1, h + kv, kv))?;
     layer.o_proj.forward(&out.reshape([-1, h * heads.head_dim])) // (T, C)
 }
@@ -68,6 +81,12 @@ pub fn attention_partial(
 /// libtorch refused an operation, as when memory ends.
 pub fn mlp_partial(layer: &Layer, x: &Tensor) -> Result<Tensor> {
     let gate_up = layer.gate_up_proj.forward(&layer.post_attention_layernorm.forward(x))?; // (T, 2 F)
-    let halves = gate_up.chunk(2, -1); // 2 x (T, F)
-    layer.down_proj.forward(&(halves[0].silu() * &halves[1])) // (T, C)
+    let gated = match layer.kernels(&gate_up) {
+        Some(kernels) => kernels.silu_mul(&gate_up)?,
+        None => {
+            let halves = gate_up.chunk(2, -1); // 2 x (T, F)
+            halves[0].silu() * &halves[1]
+        }
+    }; // (T, F)
+    layer.down_proj.forward(&gated) // (T, C)
 }

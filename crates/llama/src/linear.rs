@@ -4,10 +4,10 @@
 
 use std::ops::Range;
 
-use dromedary_torch_ext::{PackedWeight, frozen_linear};
 use tch::Tensor;
 
-use crate::Result;
+pub use crate::kernels::PackedWeight;
+use crate::{Result, kernels::Kernels};
 
 /// How the frozen weight of a [`Linear`] is stored.
 #[derive(Debug)]
@@ -15,7 +15,7 @@ pub enum Weight {
     /// `(O, I)` as libtorch multiplies it. Where its kind is not that of the input, it is converted
     /// for the moment of use: 16-bit weights on a CPU that multiplies in f32.
     Dense(Tensor),
-    /// `(O, I)` in the layout of the CPU's matrix units; f32 only.
+    /// `(O, I)` in the layout of the CPU's own kernels; f32 only.
     Packed(PackedWeight),
 }
 
@@ -32,7 +32,7 @@ impl Weight {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => Ok(x.f_matmul(&weight.f_to_kind(x.kind())?.tr())?),
-            Self::Packed(weight) => Ok(frozen_linear(x, weight)?),
+            Self::Packed(weight) => weight.forward(x),
         }
     }
 }
@@ -113,10 +113,12 @@ impl Linear {
     /// Stores the weight as [`Weight::Packed`] from now on.
     ///
     /// # Errors
-    /// The weight is not f32 on the CPU, or packing is not supported here.
+    /// The weight is not f32 on the CPU, no memory.
     pub fn pack(self) -> Result<Self> {
         let weight = match self.weight {
-            Weight::Dense(weight) => Weight::Packed(PackedWeight::pack(&weight)?),
+            Weight::Dense(weight) => {
+                Weight::Packed(PackedWeight::pack(Kernels::detect(), &weight)?)
+            }
             packed @ Weight::Packed(_) => packed,
         };
         Ok(Self { weight, ..self })
@@ -182,9 +184,7 @@ mod tests {
         linear.parts[1].lora = Some(adapter);
         let want = Tensor::cat(&[x.matmul(&q.tr()), x.matmul(&k_whole.tr())], 1);
         near(&linear.forward(&x).unwrap(), &want);
-        if dromedary_torch_ext::packing_supported() {
-            near(&linear.pack().unwrap().forward(&x).unwrap(), &want);
-        }
+        near(&linear.pack().unwrap().forward(&x).unwrap(), &want);
     }
 
     #[test]

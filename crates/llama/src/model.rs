@@ -13,6 +13,7 @@ use crate::{
     attention::causal_attention,
     block::{self, Layer},
     heads::Heads,
+    kernels::Kernels,
     linear::{Linear, Parallel, Part},
     norm::RmsNorm,
     rotary::{Rotary, RotaryAt},
@@ -27,8 +28,8 @@ pub struct LoadOptions {
     /// in f32, see [`Llama::computing_in`]. Norms' statistics, softmax, rotary embedding and logits are
     /// in f32 whatever this is.
     pub kind: Kind,
-    /// Pack the linear layers for the CPU's matrix units where that is possible (f32 on a CPU with
-    /// oneDNN), which is faster up to some hundred tokens at once; elsewhere this has no effect.
+    /// Pack the linear layers for this crate's own kernels, and compute with them, where that is
+    /// possible: f32 on a CPU. Elsewhere, and without it, libtorch's operations compute.
     pub pack: bool,
     /// This process in its tensor-parallel group.
     pub tp_rank: usize,
@@ -50,12 +51,14 @@ impl LoadOptions {
         if self.device == Device::Cpu { Kind::Float } else { self.kind }
     }
 
+    /// This crate's own kernels, where they compute.
+    pub(crate) fn kernels(&self) -> Option<Kernels> {
+        self.packs().then(Kernels::detect)
+    }
+
     /// Whether packing is asked for and possible.
     pub(crate) fn packs(&self) -> bool {
-        self.pack
-            && self.device == Device::Cpu
-            && self.kind == Kind::Float
-            && dromedary_torch_ext::packing_supported()
+        self.pack && self.device == Device::Cpu && self.kind == Kind::Float
     }
 }
 
@@ -154,14 +157,20 @@ impl Llama {
             .flat_map(|layer| [&mut layer.input_layernorm, &mut layer.post_attention_layernorm]);
         for norm in norms.chain([&mut self.norm]) {
             norm.weight = norm.weight.to_kind(kind);
+            norm.kernels = norm.kernels.filter(|_| kind == Kind::Float);
         }
         self.compute_kind = kind;
         self
     }
 
-    /// Whether frozen weights are packed for the CPU's matrix units.
+    /// Whether weights are packed, and this crate's own kernels compute.
     pub fn packs(&self) -> bool {
         self.options.packs()
+    }
+
+    /// What computes between the linear layers and attends, where it is not libtorch.
+    pub(crate) fn kernels(&self) -> Option<Kernels> {
+        self.options.kernels().filter(|_| self.compute_kind == Kind::Float)
     }
 
     /// The layers, first to last.
@@ -348,7 +357,7 @@ impl Loader<'_> {
         let weight = self.checkpoint.read_slice(&name, &self.plan.shard(&name))?;
         let weight =
             weight.f_to_device(self.options.device)?.f_to_kind(self.options.compute_kind())?;
-        Ok(RmsNorm { weight, eps: self.config.rms_norm_eps })
+        Ok(RmsNorm { weight, eps: self.config.rms_norm_eps, kernels: self.options.kernels() })
     }
 
     fn linear(&self, module: &str, parts: &[&'static str], parallel: Parallel) -> Result<Linear> {
@@ -373,6 +382,7 @@ impl Loader<'_> {
             gate_up_proj: self.linear(&mlp, &["gate_proj", "up_proj"], Parallel::Column)?,
             down_proj: self.linear(&mlp, &["down_proj"], Parallel::Row)?,
             heads: heads.clone(),
+            kernels: self.options.kernels(),
         })
     }
 

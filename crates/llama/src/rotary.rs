@@ -68,6 +68,11 @@ impl RotaryAt {
         Tensor::cat(&turned, -1).to_kind(kind) // (T, N, D)
     }
 
+    /// Cosine and sine, `(T, 1, D/2)` each.
+    pub(crate) fn parts(&self) -> [&Tensor; 2] {
+        [&self.cos, &self.sin]
+    }
+
     /// The rotations of the tokens `start..start + length` alone.
     pub fn narrow(&self, start: i64, length: i64) -> Self {
         Self { cos: self.cos.narrow(0, start, length), sin: self.sin.narrow(0, start, length) }

@@ -4,6 +4,7 @@
 // frees with free(3): no exception crosses into Rust. New tensors are handed over as owned
 // pointers, as torch-sys does it.
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -184,4 +185,15 @@ char *te_fused_adamw(Tensor *parameter, const Tensor *grad, Tensor *exp_avg, Ten
                       beta2, weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false);
   });
 }
+
+// libtorch's own threads: a second pool beside them would compete with theirs, which spin for a
+// while after each operation.
+char *te_parallel_for(size_t count, void (*body)(void *, size_t, size_t), void *context) {
+  return guarded([&] {
+    at::parallel_for(0, static_cast<int64_t>(count), 1,
+                     [&](int64_t begin, int64_t end) { body(context, begin, end); });
+  });
+}
+
+size_t te_num_threads() { return static_cast<size_t>(at::get_num_threads()); }
 }

@@ -1,6 +1,7 @@
 //! The border to `csrc/torch_ext.cpp`: the crate's only `unsafe` code.
 
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, c_char, c_void};
+use std::ops::Range;
 use std::ptr::{NonNull, null_mut};
 
 use tch::Tensor;
@@ -42,6 +43,12 @@ unsafe extern "C" {
         eps: f64,
         weight_decay: f64,
     ) -> *mut c_char;
+    fn te_parallel_for(
+        count: usize,
+        body: extern "C" fn(*mut c_void, usize, usize),
+        context: *mut c_void,
+    ) -> *mut c_char;
+    safe fn te_num_threads() -> usize;
 }
 
 /// The message of a failed call as an error; it is freed here.
@@ -148,4 +155,46 @@ pub(crate) fn fused_adamw(state: AdamWState<'_>, step: u64, config: &AdamW) -> R
         )
     };
     check("fused AdamW", message)
+}
+
+pub(crate) fn num_threads() -> usize {
+    te_num_threads()
+}
+
+/// `body` for ranges that together make `0..count`, on libtorch's threads.
+pub(crate) fn parallel_for(count: usize, body: &(dyn Fn(Range<usize>) + Sync)) -> Result<()> {
+    // A panic ends the process here: it may not pass through C++.
+    extern "C" fn call(context: *mut c_void, begin: usize, end: usize) {
+        // SAFETY: `context` points to `body` below, which outlives the call of `te_parallel_for`
+        // and may be shared between threads.
+        let body = unsafe { &*context.cast::<&(dyn Fn(Range<usize>) + Sync)>() };
+        body(begin..end);
+    }
+    let context: *const &(dyn Fn(Range<usize>) + Sync) = &body;
+    // SAFETY: `call` gets the context that it expects, and is not called any more when this
+    // returns.
+    let message = unsafe { te_parallel_for(count, call, context.cast_mut().cast()) };
+    check("parallel for", message)
+}
+
+/// The values of a dense f32 CPU tensor, whose last `inner` dimensions lie without gaps.
+///
+/// The span is from the first to the last value, gaps between rows of the first dimension included.
+pub(crate) fn f32_values(tensor: &Tensor, span: usize) -> &[f32] {
+    if span == 0 {
+        return &[];
+    }
+    // SAFETY: the callers in `values.rs` have checked kind, device and layout, so that `span`
+    // initialised values lie behind the pointer. Nothing writes to them while the tensor is borrowed,
+    // unless someone holds another handle of it, as libtorch's own operations assume too.
+    unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast_const().cast(), span) }
+}
+
+/// The values of a contiguous f32 CPU tensor that has no other handle.
+pub(crate) fn f32_values_mut(tensor: &mut Tensor, length: usize) -> &mut [f32] {
+    if length == 0 {
+        return &mut [];
+    }
+    // SAFETY: as above; the callers made the tensor, and its only handle is borrowed mutably.
+    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), length) }
 }

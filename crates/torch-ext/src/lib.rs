@@ -3,7 +3,8 @@
 //! The central type is [`PackedWeight`], a frozen weight that oneDNN has laid out once:
 //! [`PackedWeight::linear`] multiplies by it in inference, [`frozen_linear`] under autograd.
 //! [`run_backward`] starts a backward pass from given gradients, which is how a graph is cut into
-//! pieces, and [`fused_adamw`] is one optimizer step in one pass over the memory.
+//! pieces, and [`fused_adamw`] is one optimizer step in one pass over the memory. [`Rows`],
+//! [`F32Buffer`] and [`parallel_for`] are what kernels in Rust need of libtorch: values and threads.
 //!
 //! The crate holds one C++ file and all the `unsafe` code around it. C++ exceptions arrive as
 //! [`Error`] with the first line of their message.
@@ -28,7 +29,9 @@ mod autograd;
 mod error;
 mod ffi;
 mod packed;
+mod values;
 
 pub use autograd::{AdamW, AdamWState, fused_adamw, run_backward};
 pub use error::{Error, Result};
 pub use packed::{PackedWeight, frozen_linear, packing_supported};
+pub use values::{F32Buffer, Rows, num_threads, parallel_for};

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     Error, Llama, Result, check_tokenizer,
-    kv_cache::{DecodeStep, SharedPrefix, SlotCache, StepRow, Storage},
+    kv_cache::{SharedPrefix, SlotCache, Step, StepRow, Storage},
 };
 
 /// Prompts are read together until they have this many tokens: enough to keep the products wide,
@@ -139,7 +139,7 @@ impl<'a> Engine<'a> {
             device: model.device(),
             kind: model.kind(),
             num_hidden_layers: model.layers().len(),
-            pack: model.packs(),
+            kernels: model.kernels(),
         };
         let cache = SlotCache::new(model.heads(), &storage, 0, 0)?;
         let stop = StopRule::new(config.eos_token_ids.clone(), config.stop_strings.clone());
@@ -410,8 +410,8 @@ impl<'a> Engine<'a> {
             }
             keys = self.cache.size().1;
         }
-        let step = DecodeStep::new(heads, model.device(), &steps, prefix, keys);
         let cache = &mut self.cache;
+        let mut step = Step::decode(cache, heads, model.device(), &steps, prefix, keys);
         let x = model.embed(&ids)?; // (B, C)
         let x = model.forward_layers(x, &positions, self.comm, &mut |layer, q, k, v| {
             step.attend(cache, prefix, heads, layer, [q, k, v])

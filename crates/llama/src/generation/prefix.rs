@@ -14,7 +14,6 @@ use tch::{Kind, Tensor};
 use super::Engine;
 use crate::{
     Dtype, Error, Result,
-    attention::causal_attention,
     checkpoint::{SafetensorsFile, SafetensorsWriter, TensorSpec},
     kv_cache::SharedPrefix,
 };
@@ -144,7 +143,7 @@ impl Engine<'_> {
                 self.model.forward_layers(x, &positions, self.comm, &mut |layer, q, k, v| {
                     prefix.push_layer(heads, storage, k, v)?;
                     entry = entry.take().and_then(|entry| warned(entry.with_layer(layer, k, v)));
-                    causal_attention(heads, q, k, v, &[length])
+                    prefix.attend_within(heads, storage, [q, k, v])
                 })?;
             Ok(())
         })?;

@@ -1,0 +1,148 @@
+//! The CPU's own path: products with packed weights, attention over the caches, and what stands
+//! between them, in f32.
+//!
+//! libtorch's operations are the reference, and the path on every other device. Here a pass is made
+//! for decoding: the weights and the shared prefix stream through the cores once for all rows, and
+//! nothing but them is read from memory. A row's result is the same to the last bit whatever the
+//! other rows of its batch are and however many threads compute: no sum depends on either.
+
+mod attend;
+mod elementwise;
+mod packed;
+mod panels;
+mod sequences;
+mod simd;
+mod tasks;
+#[cfg(test)]
+mod tests;
+
+use dromedary_torch_ext::{F32Buffer, Rows};
+use tch::Tensor;
+
+pub use packed::PackedWeight;
+pub(crate) use sequences::{FusedStep, Sequence, SlotKeys};
+
+use crate::{Result, heads::Heads};
+use simd::Level;
+
+/// Values of an element-wise pass that are worth a thread.
+const PASS: usize = 16 * 1024;
+
+/// The kernels at the level of this CPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Kernels {
+    level: Level,
+}
+
+impl Kernels {
+    /// The best that this CPU has.
+    pub(crate) fn detect() -> Self {
+        Self { level: Level::supported()[0] }
+    }
+
+    /// At every level that this CPU has.
+    #[cfg(test)]
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        Level::supported().into_iter().map(|level| Self { level })
+    }
+
+    /// `weight * x / sqrt(mean(x^2) + eps)`.
+    ///
+    /// # Shapes
+    /// x: `(T, C)`, weight: `(C)`, result: `(T, C)`.
+    pub(crate) fn norm(self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+        let x = x.contiguous();
+        let mut out = F32Buffer::zeros(&x.size())?;
+        let (x, weight) = (Rows::of(&x)?, Rows::of(weight)?);
+        let weight = weight.values();
+        self.by_rows(&x, x.width(), out.values_mut(), |rows, out| {
+            let x = &x.values()[rows.start * x.width()..rows.end * x.width()];
+            self.level.run(elementwise::Norm { x, weight, eps: eps as f32, out });
+        })?;
+        Ok(out.into_tensor())
+    }
+
+    /// Rotates the heads of each token.
+    ///
+    /// # Shapes
+    /// x: `(T, N, D)`, cos and sin: `(T, 1, D/2)`, result: `(T, N, D)`.
+    pub(crate) fn rotate(self, x: &Tensor, [cos, sin]: [&Tensor; 2]) -> Result<Tensor> {
+        let mut out = F32Buffer::zeros(&x.size())?;
+        let (x, cos, sin) = (Rows::of(x)?, Rows::of(cos)?, Rows::of(sin)?);
+        let width = x.width();
+        self.by_rows(&x, width, out.values_mut(), |rows, out| {
+            for (token, out) in rows.zip(out.chunks_exact_mut(width)) {
+                let (x, cos, sin) = (x.row(token), cos.row(token), sin.row(token));
+                self.level.run(elementwise::Rotate { x, cos, sin, out });
+            }
+        })?;
+        Ok(out.into_tensor())
+    }
+
+    /// `silu(gate) * up`.
+    ///
+    /// # Shapes
+    /// gate_up: `(T, 2 F)`, result: `(T, F)`.
+    pub(crate) fn silu_mul(self, gate_up: &Tensor) -> Result<Tensor> {
+        let (tokens, both) = gate_up.size2()?;
+        let mut out = F32Buffer::zeros(&[tokens, both / 2])?;
+        let gate_up = Rows::of(gate_up)?;
+        let width = gate_up.width() / 2;
+        self.by_rows(&gate_up, width, out.values_mut(), |rows, out| {
+            let gate_up = &gate_up.values()[rows.start * 2 * width..rows.end * 2 * width];
+            self.level.run(elementwise::SiluMul { gate_up, out, width });
+        })?;
+        Ok(out.into_tensor())
+    }
+
+    /// Keys and values as the prefix of any rows.
+    ///
+    /// # Shapes
+    /// k and v: `(P, KV, D)`.
+    pub(crate) fn prefix(self, heads: &Heads, [k, v]: [&Tensor; 2]) -> Result<SlotKeys> {
+        let length = k.size()[0] as usize;
+        let mut keys = SlotKeys::new(heads, 1, length)?;
+        FusedStep::new(self, vec![Sequence::whole(length)]).store(&mut keys, [k, v])?;
+        Ok(keys)
+    }
+
+    /// Causal attention among the tokens of a prefix.
+    ///
+    /// # Shapes
+    /// q: `(P, H, D)`, result: `(P, H, D)`.
+    pub(crate) fn attend_within(
+        self,
+        heads: &Heads,
+        keys: &SlotKeys,
+        q: &Tensor,
+    ) -> Result<Tensor> {
+        let length = q.size()[0] as usize;
+        FusedStep::new(self, vec![Sequence::whole(length)]).attend(heads, keys, None, q)
+    }
+
+    /// Calls `pass` for ranges of rows with their rows of `out`, on several threads where there is
+    /// enough to do.
+    fn by_rows(
+        self,
+        rows: &Rows<'_>,
+        width: usize,
+        out: &mut [f32],
+        pass: impl Fn(std::ops::Range<usize>, &mut [f32]) + Sync,
+    ) -> Result<()> {
+        let count = rows.len();
+        if width == 0 || count * width <= PASS {
+            pass(0..count, out);
+            return Ok(());
+        }
+        let per_task = (PASS / width).max(1);
+        let tasks = out.chunks_mut(per_task * width).enumerate().collect();
+        tasks::run(
+            tasks,
+            || (),
+            |(), (index, out): (usize, &mut [f32])| {
+                let start = index * per_task;
+                pass(start..start + out.len() / width, out);
+            },
+        )
+    }
+}
