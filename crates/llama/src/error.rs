@@ -196,6 +196,14 @@ pub enum Error {
     /// The ranks of a tensor-parallel group could not exchange data.
     #[error(transparent)]
     Parallel(#[from] dromedary_parallel::Error),
+    /// Another rank could not do its part of a common task.
+    #[error("rank {rank}: {message}")]
+    OnRank {
+        /// The rank.
+        rank: usize,
+        /// Its error.
+        message: String,
+    },
     /// A model was asked for that belongs to no rank of its group.
     #[error("tensor-parallel rank {rank} is not below the size {size} of its group")]
     GroupRank {

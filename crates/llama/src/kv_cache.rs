@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     Result,
-    attention::{Partial, causal_attention},
+    attention::{Partial, causal_attention, one_or_cat},
     heads::{HeadRun, Heads},
     kernels::{FusedStep, Kernels, Sequence, SlotKeys},
 };
@@ -258,6 +258,32 @@ impl SlotRun {
     }
 }
 
+/// What one layer gives to the attention of a step.
+///
+/// # Shapes
+/// q: `(T, H, D)`, k and v: `(T, KV of all runs, D)`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LayerStep<'a> {
+    pub(crate) layer: usize,
+    pub(crate) heads: &'a Heads,
+    pub(crate) prefix: Option<&'a SharedPrefix>,
+    pub(crate) q: &'a Tensor,
+    pub(crate) k: &'a Tensor,
+    pub(crate) v: &'a Tensor,
+}
+
+impl LayerStep<'_> {
+    /// Attends run by run, with q scaled, and joins the results of the runs, `(T, H of the run, D)`.
+    fn by_run(
+        &self,
+        mut attend: impl FnMut(usize, &HeadRun, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let q = self.q / (self.heads.head_dim as f64).sqrt();
+        let runs = self.heads.runs.iter().enumerate();
+        one_or_cat(runs.map(|(index, run)| attend(index, run, &q)).collect::<Result<_>>()?, 1)
+    }
+}
+
 /// New tokens of some rows, on the path of the cache that they go to.
 #[derive(Debug)]
 pub(crate) enum Step {
@@ -307,25 +333,16 @@ impl Step {
         }
     }
 
-    /// Stores the keys and values, and attends.
-    ///
-    /// # Shapes
-    /// q: `(T, H, D)`, k and v: `(T, KV of all runs, D)`, result: `(T, H, D)`.
-    pub(crate) fn attend(
-        &mut self,
-        cache: &mut SlotCache,
-        prefix: Option<&SharedPrefix>,
-        heads: &Heads,
-        layer: usize,
-        [q, k, v]: [&Tensor; 3],
-    ) -> Result<Tensor> {
-        match (self, &mut cache.layers[layer]) {
+    /// Stores the keys and values of a layer, and attends: `(T, H, D)`.
+    pub(crate) fn attend(&mut self, cache: &mut SlotCache, of: LayerStep<'_>) -> Result<Tensor> {
+        match (self, &mut cache.layers[of.layer]) {
             (Self::Fused(step), SlotLayer::Fused(slots)) => {
-                step.store(slots, [k, v])?;
-                step.attend(heads, slots, prefix.and_then(|prefix| prefix.fused(layer)), q)
+                let prefix = of.prefix.and_then(|prefix| prefix.fused(of.layer));
+                step.store(slots, [of.k, of.v])?;
+                step.attend(of.heads, slots, prefix, of.q)
             }
-            (Self::Prefill(step), _) => step.attend(cache, prefix, heads, layer, [q, k, v]),
-            (Self::Decode(step), _) => step.attend(cache, prefix, heads, layer, [q, k, v]),
+            (Self::Prefill(step), _) => step.attend(cache, of),
+            (Self::Decode(step), _) => step.attend(cache, of),
             (Self::Fused(_), SlotLayer::Runs(_)) => unreachable!("a step is made for its cache"),
         }
     }

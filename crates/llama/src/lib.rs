@@ -45,6 +45,7 @@ mod plan;
 #[cfg(doctest)]
 mod readme;
 mod rotary;
+mod save;
 
 pub use adapter::{Adapter, AdapterFile, LoraConfig, LoraPair};
 pub use checkpoint::{
@@ -61,3 +62,4 @@ pub use model::{AttendInLayer, Llama, LoadOptions};
 pub use norm::RmsNorm;
 pub use plan::{HeadGroup, Plan, RankPlan, Shard, Slice, TrainedPart, TrainedTensor};
 pub use rotary::{Rotary, RotaryAt};
+pub use save::{SaveOptions, save_slices};

@@ -110,6 +110,21 @@ impl Linear {
         Ok(Self { weight: Weight::Dense(weight), parts: named, parallel })
     }
 
+    /// The named projection.
+    pub(crate) fn part(&self, name: &str) -> Option<&Part> {
+        self.parts.iter().find(|part| part.name == name)
+    }
+
+    /// The weight of the named projection alone, `(O of the part, I)`; nothing if it is not here.
+    pub(crate) fn part_weight(&self, name: &str) -> Result<Option<Tensor>> {
+        let Some(part) = self.part(name) else { return Ok(None) };
+        let all = match &self.weight {
+            Weight::Dense(weight) => weight.shallow_clone(),
+            Weight::Packed(weight) => weight.unpack()?,
+        };
+        Ok(Some(all.f_narrow(0, part.rows.start, part.rows.end - part.rows.start)?))
+    }
+
     /// Stores the weight as [`Weight::Packed`] from now on.
     ///
     /// # Errors

@@ -57,8 +57,8 @@ pub fn merge(
     let base = Checkpoint::open(&options.checkpoint)?;
     let adapter = AdapterFile::open(&options.adapter)?;
     adapter.check_fits(base.config())?;
-    let specs = specs_of(&base)?;
-    let mut writer = CheckpointWriter::create(&options.output, specs, options.max_shard_size)?;
+    let mut writer =
+        CheckpointWriter::create(&options.output, base.specs()?, options.max_shard_size)?;
     writer.copy_companions(&options.checkpoint)?;
     let order = writer.order().to_vec();
     let mut report = MergeReport { tensors: order.len(), merged: 0, bytes: 0 };
@@ -90,13 +90,4 @@ fn add(weight: &Tensor, lora: &LoraPair, rows: &Range<i64>, scaling: f64) -> Res
     let lora_b = lora_b.f_to_kind(Kind::Float)?.f_mul_scalar(scaling)?;
     let mut sum = lora_b.f_matmul(&lora.lora_a.f_to_kind(Kind::Float)?)?; // (rows, in)
     Ok(sum.f_add_(weight)?.f_to_kind(weight.f_kind()?)?)
-}
-
-fn specs_of(base: &Checkpoint) -> Result<Vec<TensorSpec>> {
-    base.names()
-        .map(|name| {
-            let (dtype, shape) = (base.dtype_of(name)?, base.shape(name)?.to_vec());
-            Ok(TensorSpec { name: name.to_string(), dtype, shape })
-        })
-        .collect()
 }

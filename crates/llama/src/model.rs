@@ -12,6 +12,7 @@ use crate::{
     Checkpoint, Error, LlamaConfig, Plan, RankPlan, Result, Shard,
     attention::causal_attention,
     block::{self, Layer},
+    checkpoint::{EMBEDDING, HEAD},
     heads::Heads,
     kernels::Kernels,
     linear::{Linear, Parallel, Part},
@@ -176,6 +177,43 @@ impl Llama {
     /// The layers, first to last.
     pub fn layers(&self) -> &[Layer] {
         &self.layers
+    }
+
+    /// This rank's slice of a stored tensor (`model.layers.0.self_attn.q_proj.weight`), as
+    /// [`RankPlan::shard`] cuts it: a view, but of a packed weight, which is unpacked. Nothing if the
+    /// model has no such tensor.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn slice(&self, tensor: &str) -> Result<Option<Tensor>> {
+        match tensor {
+            EMBEDDING => return Ok(Some(self.embed_tokens.shallow_clone())),
+            HEAD => return self.lm_head.part_weight("lm_head"),
+            "model.norm.weight" => return Ok(Some(self.norm.weight.shallow_clone())),
+            _ => {}
+        }
+        let path = tensor.strip_prefix("model.layers.").and_then(|t| t.strip_suffix(".weight"));
+        let Some((index, path)) = path.and_then(|path| path.split_once('.')) else {
+            return Ok(None);
+        };
+        let Some(layer) = index.parse().ok().and_then(|index: usize| self.layers.get(index)) else {
+            return Ok(None);
+        };
+        let (linears, part) = match path.split_once('.') {
+            Some(("self_attn", part)) => ([&layer.qkv_proj, &layer.o_proj], part),
+            Some(("mlp", part)) => ([&layer.gate_up_proj, &layer.down_proj], part),
+            _ => {
+                return Ok(match path {
+                    "input_layernorm" => Some(layer.input_layernorm.weight.shallow_clone()),
+                    "post_attention_layernorm" => {
+                        Some(layer.post_attention_layernorm.weight.shallow_clone())
+                    }
+                    _ => None,
+                });
+            }
+        };
+        let found = linears.iter().find(|linear| linear.part(part).is_some());
+        found.map_or(Ok(None), |linear| linear.part_weight(part))
     }
 
     /// The projections of all layers with the names of their modules, as in

@@ -18,5 +18,6 @@ pub use writer::{CheckpointWriter, DEFAULT_MAX_SHARD_SIZE};
 
 pub(crate) use file::SafetensorsFile;
 pub(crate) use output::SafetensorsWriter;
+pub(crate) use writer::put_in_order;
 
-pub(crate) use tensors::{EMBEDDING, linear_shapes, tensor_shapes};
+pub(crate) use tensors::{EMBEDDING, HEAD, linear_shapes, tensor_shapes};

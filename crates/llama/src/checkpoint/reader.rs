@@ -11,6 +11,7 @@ use super::{
     dtype::Dtype,
     file::{Entry, ReadCounters, SafetensorsFile},
     index::open_files,
+    output::TensorSpec,
     tensors::{HEAD, is_derived, tensor_shapes},
 };
 use crate::{
@@ -79,6 +80,19 @@ impl Checkpoint {
     /// embedding is not among them, whether it is stored or not.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.iter().map(|(name, _)| name.as_str())
+    }
+
+    /// The model's tensors as they are stored, in the order of [`Checkpoint::names`].
+    ///
+    /// # Errors
+    /// None for a checkpoint that was opened.
+    pub fn specs(&self) -> Result<Vec<TensorSpec>> {
+        self.names()
+            .map(|name| {
+                let (dtype, shape) = (self.dtype_of(name)?, self.shape(name)?.to_vec());
+                Ok(TensorSpec { name: name.to_string(), dtype, shape })
+            })
+            .collect()
     }
 
     /// The shape of a tensor.

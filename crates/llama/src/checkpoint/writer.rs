@@ -62,8 +62,7 @@ impl CheckpointWriter {
     ) -> Result<Self> {
         let output = output.as_ref();
         let dir = AtomicDir::create(output)?;
-        // Wider types first: every tensor then begins at a multiple of its element's size.
-        tensors.sort_by_key(|tensor| std::cmp::Reverse(tensor.dtype.size()));
+        put_in_order(&mut tensors);
         let shards = cut(&tensors, max_shard_size);
         let count = shards.len();
         let names = (1..=count).map(|number| match count {
@@ -160,6 +159,12 @@ impl CheckpointWriter {
         self.files.insert(file, FileEntry { size: written.size, blake3: written.blake3 });
         Ok(())
     }
+}
+
+/// The order in which tensors are written: wider types first, so that every tensor begins at a
+/// multiple of its element's size.
+pub(crate) fn put_in_order(tensors: &mut [TensorSpec]) {
+    tensors.sort_by_key(|tensor| std::cmp::Reverse(tensor.dtype.size()));
 }
 
 /// Runs of tensors that fit into a file each.

@@ -5,13 +5,11 @@ use std::{
     path::PathBuf,
 };
 
-use dromedary_command::{
-    Common, Error, Progress, StopFlag, boolean, layered, print_config, required,
-};
+use dromedary_command::{Common, Error, Progress, StopFlag, boolean, required};
 use dromedary_tokenizer::Tokenizer;
 use serde::{Deserialize, Serialize};
 
-use super::SUBCOMMANDS;
+use super::settings;
 use crate::{Checkpoint, RopeScaling, check_tokenizer, eos_token_ids};
 
 /// Block in which weights are read for --verify.
@@ -48,10 +46,9 @@ impl TryFrom<InspectArgs> for InspectConfig {
 }
 
 pub(super) fn run(args: InspectArgs, common: &Common) -> anyhow::Result<()> {
-    let config = InspectConfig::try_from(layered("inspect", &SUBCOMMANDS, args, common)?)?;
-    if common.print_config {
-        return Ok(print_config("inspect", &config)?);
-    }
+    let Some(config) = settings::<_, InspectConfig>("inspect", args, common)? else {
+        return Ok(());
+    };
     let checkpoint = Checkpoint::open(&config.checkpoint)?;
     let mut report = describe(&checkpoint)?;
     if config.verify {

@@ -1,10 +1,10 @@
 use std::{ops::ControlFlow, path::PathBuf};
 
 use anyhow::Context;
-use dromedary_command::{Common, Error, Progress, StopFlag, layered, print_config, required};
+use dromedary_command::{Common, Error, Progress, StopFlag, required};
 use serde::{Deserialize, Serialize};
 
-use super::{SUBCOMMANDS, byte_size::ByteSize};
+use super::{byte_size::ByteSize, settings};
 use crate::{
     checkpoint::DEFAULT_MAX_SHARD_SIZE,
     merge::{MergeOptions, merge},
@@ -53,10 +53,7 @@ impl TryFrom<MergeArgs> for MergeConfig {
 }
 
 pub(super) fn run(args: MergeArgs, common: &Common) -> anyhow::Result<()> {
-    let config = MergeConfig::try_from(layered("merge", &SUBCOMMANDS, args, common)?)?;
-    if common.print_config {
-        return Ok(print_config("merge", &config)?);
-    }
+    let Some(config) = settings::<_, MergeConfig>("merge", args, common)? else { return Ok(()) };
     let stop = StopFlag::install()?;
     let progress = Progress::new(None, "bytes", !common.quiet);
     let mut on_block = |bytes| {

@@ -9,7 +9,8 @@ mod sampling_args;
 
 use std::process::ExitCode;
 
-use dromedary_command::{Common, init_logging};
+use dromedary_command::{Common, Error, init_logging, layered, print_config};
+use serde::{Serialize, de::DeserializeOwned};
 
 pub use sampling_args::SamplingArgs;
 
@@ -32,6 +33,20 @@ enum Command {
     Inspect(inspect::InspectArgs),
     Merge(merge::MergeArgs),
     Plan(plan::PlanArgs),
+}
+
+/// The settings of a subcommand; `None` where they were to be printed, which is done then.
+fn settings<A, C>(subcommand: &str, args: A, common: &Common) -> anyhow::Result<Option<C>>
+where
+    A: clap::Args + Serialize + DeserializeOwned,
+    C: TryFrom<A, Error = Error> + Serialize,
+{
+    let config = C::try_from(layered(subcommand, &SUBCOMMANDS, args, common)?)?;
+    if common.print_config {
+        print_config(subcommand, &config)?;
+        return Ok(None);
+    }
+    Ok(Some(config))
 }
 
 /// Runs the program with the arguments of this process.

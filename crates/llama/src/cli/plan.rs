@@ -5,12 +5,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use dromedary_command::{Common, Error, boolean, layered, print_config, required};
+use dromedary_command::{Common, Error, boolean, required};
 use dromedary_parallel::{SingleProcess, select_device};
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
-use super::SUBCOMMANDS;
+use super::settings;
 use crate::{
     Checkpoint, Dtype, Footprint, LlamaConfig, LoadOptions, Plan, RankPlan, Slowest, select_kind,
 };
@@ -72,10 +72,7 @@ impl TryFrom<PlanArgs> for PlanConfig {
 }
 
 pub(super) fn run(args: PlanArgs, common: &Common) -> anyhow::Result<()> {
-    let config = PlanConfig::try_from(layered("plan", &SUBCOMMANDS, args, common)?)?;
-    if common.print_config {
-        return Ok(print_config("plan", &config)?);
-    }
+    let Some(config) = settings::<_, PlanConfig>("plan", args, common)? else { return Ok(()) };
     let report = Report::new(&config)?;
     let text =
         if config.json { serde_json::to_string_pretty(&report)? + "\n" } else { report.table()? };

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     Error, Llama, Result, check_tokenizer,
-    kv_cache::{SharedPrefix, SlotCache, Step, StepRow, Storage},
+    kv_cache::{LayerStep, SharedPrefix, SlotCache, Step, StepRow, Storage},
 };
 
 /// Prompts are read together until they have this many tokens: enough to keep the products wide,
@@ -414,7 +414,7 @@ impl<'a> Engine<'a> {
         let mut step = Step::decode(cache, heads, model.device(), &steps, prefix, keys);
         let x = model.embed(&ids)?; // (B, C)
         let x = model.forward_layers(x, &positions, self.comm, &mut |layer, q, k, v| {
-            step.attend(cache, prefix, heads, layer, [q, k, v])
+            step.attend(cache, LayerStep { layer, heads, prefix, q, k, v })
         })?;
         let logits = model.head(&model.final_norm(&x))?; // (B, W)
         self.finish_step(&logits.narrow(0, 0, slots.len() as i64), &slots, caller)

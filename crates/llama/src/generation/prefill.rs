@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use crate::{
     Llama, Result,
-    kv_cache::{SharedPrefix, SlotCache, Step, StepRow},
+    kv_cache::{LayerStep, SharedPrefix, SlotCache, Step, StepRow},
 };
 
 /// A row's tokens behind its part of the prefix.
@@ -43,6 +43,6 @@ pub(super) fn read_prompts(
     let mut step = Step::prefill(cache, heads, model.device(), &steps, prefix);
     let x = model.embed(&ids)?; // (T, C)
     model.forward_layers(x, &positions, comm, &mut |layer, q, k, v| {
-        step.attend(cache, prefix, heads, layer, [q, k, v])
+        step.attend(cache, LayerStep { layer, heads, prefix, q, k, v })
     })
 }

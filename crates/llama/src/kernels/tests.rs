@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     heads::{HeadRun, Heads},
-    kv_cache::{SharedPrefix, SlotCache, Step, StepRow, Storage},
+    kv_cache::{LayerStep, SharedPrefix, SlotCache, Step, StepRow, Storage},
 };
 
 const F: (Kind, Device) = (Kind::Float, Device::Cpu);
@@ -178,7 +178,9 @@ impl Case {
         let decode = Step::decode(&cache, heads, device, &step_rows(1), shared, 0);
         [(prefill, tokens), (decode, self.rows.len() as i64)].map(|(mut step, tokens)| {
             let [q, k, v] = [h, n_kv, n_kv].map(|heads| self.random(&mut rng, tokens, heads));
-            step.attend(&mut cache, shared, heads, 0, [&q, &k, &v]).unwrap()
+            let (q, k, v) = (&q, &k, &v);
+            let of = LayerStep { layer: 0, heads, prefix: shared, q, k, v };
+            step.attend(&mut cache, of).unwrap()
         })
     }
 

@@ -5,10 +5,10 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{SharedPrefix, SlotCache, SlotRun, StepRow};
+use super::{LayerStep, SharedPrefix, SlotCache, SlotRun, StepRow};
 use crate::{
     Result,
-    attention::{Partial, causal_attention, one_or_cat},
+    attention::{Partial, causal_attention},
     heads::{HeadRun, Heads},
 };
 
@@ -91,26 +91,15 @@ impl PrefillStep {
         }
     }
 
-    /// Stores the keys and values, and attends.
-    ///
-    /// # Shapes
-    /// q: `(T, H, D)`, k and v: `(T, KV of all runs, D)`, result: `(T, H, D)`.
-    pub(crate) fn attend(
-        &self,
-        cache: &mut SlotCache,
-        prefix: Option<&SharedPrefix>,
-        heads: &Heads,
-        layer: usize,
-        [q, k, v]: [&Tensor; 3],
-    ) -> Result<Tensor> {
+    /// Stores the keys and values of a layer, and attends: `(T, H, D)`.
+    pub(crate) fn attend(&self, cache: &mut SlotCache, of: LayerStep<'_>) -> Result<Tensor> {
+        let LayerStep { layer, heads, prefix, q, k, v } = of;
         self.store(cache.runs(layer), heads, k, v)?;
         if matches!(self.prefix, PrefixUse::None) {
             return causal_attention(heads, q, k, v, &self.lengths);
         }
-        let q = q / (heads.head_dim as f64).sqrt();
-        let mut results = Vec::with_capacity(heads.runs.len());
-        for (index, run) in heads.runs.iter().enumerate() {
-            let q = by_kv_head(&q, run); // (KV, T x G, D)
+        of.by_run(|index, run, q| {
+            let q = by_kv_head(q, run); // (KV, T x G, D)
             let [k, v] = [k, v].map(|t| t.narrow(1, run.kv.start, run.n_kv()).transpose(0, 1)); // (KV, T, D)
             let own = self.own_tokens(index, run.group(), [&q, &k, &v])?;
             let mut blocks = Vec::new();
@@ -119,9 +108,8 @@ impl PrefillStep {
                 blocks.extend(self.prefix.attend(prefix, (layer, index), &q, start)?);
             }
             let out = Partial::cat(&blocks, 1)?.join(&own); // (KV, T x G, D)
-            results.push(by_token(&out, run).to_kind(v.kind())); // (T, KV x G, D)
-        }
-        one_or_cat(results, 1)
+            Ok(by_token(&out, run).to_kind(v.kind())) // (T, KV x G, D)
+        })
     }
 
     /// q: `(KV, T x G, D)`, k and v: `(KV, T, D)`; the result has M = T x G.
@@ -205,22 +193,11 @@ impl DecodeStep {
         }
     }
 
-    /// Stores the keys and values, and attends.
-    ///
-    /// # Shapes
-    /// q: `(B, H, D)`, k and v: `(B, KV of all runs, D)`, result: `(B, H, D)`.
-    pub(crate) fn attend(
-        &self,
-        cache: &mut SlotCache,
-        prefix: Option<&SharedPrefix>,
-        heads: &Heads,
-        layer: usize,
-        [q, k, v]: [&Tensor; 3],
-    ) -> Result<Tensor> {
+    /// Stores the keys and values of a layer, T = B, and attends: `(B, H, D)`.
+    pub(crate) fn attend(&self, cache: &mut SlotCache, of: LayerStep<'_>) -> Result<Tensor> {
+        let LayerStep { layer, heads, prefix, q, k, v } = of;
         let count = q.size()[0];
-        let q = q / (heads.head_dim as f64).sqrt();
-        let mut results = Vec::with_capacity(heads.runs.len());
-        for (index, run) in heads.runs.iter().enumerate() {
+        of.by_run(|index, run, q| {
             let store = &mut cache.runs(layer)[index];
             self.store(store, run, k, v)?;
             let (n_kv, group) = (run.n_kv(), run.group());
@@ -231,7 +208,7 @@ impl DecodeStep {
                 in_use.view([count * n_kv, self.longest, heads.head_dim]) // (B x KV, S, D)
             });
             let own = Partial::new(&own_q, &own_k, &own_v, self.hidden[index].as_ref())?;
-            let shared = self.prefix.attend(prefix, (layer, index), &by_kv_head(&q, run), 0)?;
+            let shared = self.prefix.attend(prefix, (layer, index), &by_kv_head(q, run), 0)?;
             let out = match shared {
                 None => own.finish(), // (B x KV, G, D)
                 Some(shared) => {
@@ -242,9 +219,8 @@ impl DecodeStep {
                     own.join(&shared.map(by_row))
                 }
             };
-            results.push(out.view([count, n_kv * group, -1]).to_kind(v.kind())); // (B, KV x G, D)
-        }
-        one_or_cat(results, 1)
+            Ok(out.view([count, n_kv * group, -1]).to_kind(v.kind())) // (B, KV x G, D)
+        })
     }
 
     fn store(&self, store: &mut SlotRun, run: &HeadRun, k: &Tensor, v: &Tensor) -> Result<()> {

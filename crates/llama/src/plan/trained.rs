@@ -127,15 +127,29 @@ impl Plan {
             }
             (sliced, _) => sliced,
         };
-        let of_kv_heads = matches!(shard, Shard::Rows(_)) && matches!(name, "k_proj" | "v_proj");
-        let (shared, owned) = if of_kv_heads {
-            (self.shared_kv_rows(), self.owned_kv_rows(tp_rank))
-        } else if shard == Shard::Replicated {
-            (Vec::new(), (tp_rank == 0).then_some(Shard::Replicated))
-        } else {
-            (Vec::new(), Some(shard.clone()))
-        };
+        let shared = if is_of_kv_heads(name, &shard) { self.shared_kv_rows() } else { Vec::new() };
+        let owned = self.owned_of(tp_rank, name, shard.clone());
         Some(TrainedPart { shard, owned, shared, tp: self.tp() })
+    }
+
+    /// What a rank owns of a stored tensor (`model.layers.0.self_attn.q_proj.weight`), and saves: the
+    /// owned parts of all ranks are the whole, each number once. Nothing where all that the rank holds
+    /// is another's.
+    ///
+    /// # Panics
+    /// If `tp_rank` is not below [`Plan::tp`].
+    pub fn owned(&self, tp_rank: usize, tensor: &str) -> Option<Shard> {
+        let module = tensor.strip_suffix(".weight").unwrap_or(tensor);
+        let name = module.rsplit('.').next().unwrap_or(module);
+        self.owned_of(tp_rank, name, self.rank(tp_rank).shard(tensor))
+    }
+
+    /// The owned part of what a rank holds of a tensor of the named projection.
+    fn owned_of(&self, tp_rank: usize, name: &str, held: Shard) -> Option<Shard> {
+        if is_of_kv_heads(name, &held) {
+            return self.owned_kv_rows(tp_rank);
+        }
+        (held != Shard::Replicated || tp_rank == 0).then_some(held)
     }
 
     /// Rows of `k_proj` that several ranks hold.
@@ -156,4 +170,9 @@ impl Plan {
         let owned = held.start + usize::from(foreign)..held.end;
         (!owned.is_empty()).then(|| Shard::Rows(rank.heads(owned, rank.sizes.num_key_value_heads)))
     }
+}
+
+/// Whether the rows of a tensor belong to key/value heads, which several ranks may hold.
+fn is_of_kv_heads(name: &str, held: &Shard) -> bool {
+    matches!(held, Shard::Rows(_)) && matches!(name, "k_proj" | "v_proj")
 }

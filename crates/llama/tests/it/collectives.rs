@@ -12,19 +12,26 @@ use tch::Tensor;
 use crate::support::{self, Loaded, load, on_ranks, request, stories};
 
 /// Writes down every call before it passes it on.
-struct Counting {
+pub(crate) struct Counting {
     inner: Box<dyn Communicator>,
     calls: RefCell<Vec<(&'static str, Vec<i64>)>>,
 }
 
 impl Counting {
-    fn new(group: &dyn Communicator) -> Self {
+    pub(crate) fn new(group: &dyn Communicator) -> Self {
         let inner = group.split(0, group.rank()).unwrap();
         Self { inner, calls: RefCell::default() }
     }
 
     fn note(&self, call: &'static str, size: Vec<i64>) {
         self.calls.borrow_mut().push((call, size));
+    }
+
+    /// Numbers of the tensors that went through these calls.
+    pub(crate) fn sizes_of(&self, calls: &[&str]) -> Vec<i64> {
+        let made = self.calls.borrow();
+        let of_these = made.iter().filter(|(call, _)| calls.contains(call));
+        of_these.map(|(_, size)| size.iter().product()).collect()
     }
 
     /// All-reduces of residual streams, which are (T, C).

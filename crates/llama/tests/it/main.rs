@@ -24,7 +24,9 @@ mod parity; // logits against golden values
 mod plan; // the split over ranks
 mod plan_command; // `llama plan`
 mod prefix_cache; // prefixes on the disk
+mod saving; // a split model saved as one checkpoint
 mod score; // log-probabilities of given texts
+mod shared_queue; // rows for several groups
 mod support; // models run in short
 mod tensor_parallel; // several ranks against one
 mod tiny; // checkpoints for the above

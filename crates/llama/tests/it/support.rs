@@ -49,6 +49,18 @@ pub(crate) fn mpirun(ranks: usize, program: impl AsRef<OsStr>) -> Command {
     command
 }
 
+/// Runs a task of `llama-ranks` on real processes, each of which must say `done`.
+#[track_caller]
+pub(crate) fn processes(ranks: usize, task: &str, args: &[&Path], done: &str) {
+    let mut command = mpirun(ranks, env!("CARGO_BIN_EXE_llama-ranks"));
+    let output = command.arg(task).args(args).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    for rank in 0..ranks {
+        assert!(said.contains(&format!("rank {rank} of {ranks} {done}")), "{said}");
+    }
+}
+
 pub(crate) fn load(dir: &Path, options: &LoadOptions) -> Llama {
     // Tests run side by side: more threads than cores would wait for each other.
     tch::set_num_threads(1);

@@ -1,5 +1,5 @@
-//! What the tests start under mpirun: `llama-ranks MODEL TOKENIZER WANT` says whether the ranks together
-//! give what one gave.
+//! What the tests start under mpirun: `llama-ranks same MODEL TOKENIZER WANT` says whether the ranks
+//! together give what one gave, `llama-ranks save MODEL OUTPUT` loads a model and saves it again.
 
 #![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
@@ -9,7 +9,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use dromedary_parallel::{Error, launch};
+use dromedary_llama::{Checkpoint, Llama, LoadOptions, SaveOptions};
+use dromedary_parallel::{Communicator, Error, launch};
 use tch::Tensor;
 
 #[path = "../same/mod.rs"]
@@ -19,19 +20,40 @@ use same::{Answers, Question, values};
 
 fn main() -> Result<(), Error> {
     launch()?.run(|launch| {
-        let args: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();
-        let [model, tokenizer, want] = args.as_slice() else { panic!("three arguments") };
-        let (question, want) = read(Path::new(want), model.clone(), tokenizer.clone());
+        let (task, args) = {
+            let mut args = std::env::args_os().skip(1).map(PathBuf::from);
+            (args.next().unwrap(), args.collect::<Vec<_>>())
+        };
         let world = launch.world();
-        let got = Answers::of(&question, world);
-        if let Err(difference) = got.compare(&want) {
-            panic!("{difference}");
-        }
-        let line = format!("rank {} of {} agrees\n", world.rank(), world.world_size());
+        let done = match (task.to_str().unwrap(), args.as_slice()) {
+            ("same", [model, tokenizer, want]) => {
+                let (question, want) = read(want, model.clone(), tokenizer.clone());
+                if let Err(difference) = Answers::of(&question, world).compare(&want) {
+                    panic!("{difference}");
+                }
+                "agrees"
+            }
+            ("save", [model, output]) => {
+                save(model, output, world);
+                "saved"
+            }
+            (task, args) => panic!("{task} with {} arguments", args.len()),
+        };
+        let line = format!("rank {} of {} {done}\n", world.rank(), world.world_size());
         // In one write: ranks share a pipe.
         io::stderr().write_all(line.as_bytes()).expect("the tests read it");
         Ok(())
     })
+}
+
+fn save(model: &Path, output: &Path, world: &dyn Communicator) {
+    tch::set_num_threads(1);
+    let checkpoint = Checkpoint::open(model).unwrap();
+    let (tp_rank, tp) = (world.rank(), world.world_size());
+    let options = LoadOptions { tp_rank, tp, ..LoadOptions::default() };
+    let llama = Llama::load(&checkpoint, &options).unwrap();
+    let specs = checkpoint.specs().unwrap();
+    llama.save(specs, &SaveOptions::new(output, model), world).unwrap();
 }
 
 /// The question and what one rank answered, as the tests write them.

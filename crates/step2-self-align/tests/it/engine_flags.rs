@@ -5,41 +5,27 @@ use std::path::Path;
 
 use dromedary_command::StopFlag;
 use dromedary_llama::cli::SamplingArgs;
-use dromedary_parallel::SingleProcess;
-use dromedary_self_align::{Error, GenerateArgs, GenerateConfig, GenerateReport, Result, generate};
+use dromedary_self_align::{Error, GenerateArgs, GenerateReport, Result};
 
-use crate::support::{SHORT_PROMPT, lines, run_to, stories260k};
+use crate::support::{folder_of, generate_args, generate_with, lines, run_to};
 
 fn folder() -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    let texts =
-        ["Once upon a time", "Tim", "Lily saw a cat in the park", "The sun", "A", "Mom said"];
-    let prompts: Vec<_> =
-        texts.map(|text| serde_json::json!({"instruction": text, "input": ""})).into();
-    fs::write(folder.path().join("prompts.json"), serde_json::to_string(&prompts).unwrap())
-        .unwrap();
-    fs::write(folder.path().join("prompt.txt"), SHORT_PROMPT).unwrap();
-    folder
+    folder_of(&[
+        "Once upon a time",
+        "Tim",
+        "Lily saw a cat in the park",
+        "The sun",
+        "A",
+        "Mom said",
+    ])
 }
 
 fn args(folder: &Path) -> GenerateArgs {
-    GenerateArgs {
-        checkpoint: Some(stories260k()),
-        input_file: Some(folder.join("prompts.json")),
-        output_file: Some(folder.join("aligned.jsonl")),
-        meta_prompt_file: Some(folder.join("prompt.txt")),
-        max_seq_len: Some(100),
-        max_gen_len: Some(24),
-        max_batch_size: Some(3),
-        device: Some("cpu".to_owned()),
-        ..GenerateArgs::default()
-    }
+    GenerateArgs { max_seq_len: Some(100), max_batch_size: Some(3), ..generate_args(folder) }
 }
 
 fn run(args: GenerateArgs) -> Result<GenerateReport> {
-    tch::set_num_threads(1);
-    let config = GenerateConfig::try_from(args).unwrap();
-    generate(&config, &SingleProcess, 0, &StopFlag::default(), false)
+    generate_with(args, &StopFlag::default())
 }
 
 fn sorted_lines(paths: &[std::path::PathBuf]) -> Vec<String> {

@@ -3,9 +3,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::generate::{STORIES, folder_of};
+use crate::generate::STORIES;
 use crate::job::{self, End, Job};
-use crate::support::stories260k;
+use crate::support::{folder_of, stories260k};
 
 /// How soon a job ends once a rank has failed.
 const SOON: Duration = Duration::from_secs(5);

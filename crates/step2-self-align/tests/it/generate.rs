@@ -3,49 +3,22 @@ use std::fs;
 use std::path::Path;
 
 use dromedary_command::StopFlag;
-use dromedary_parallel::SingleProcess;
 use dromedary_records::{AlignedResponse, FinishReason, read_rows};
 use dromedary_self_align::{
     Done, Error, GenerateArgs, GenerateConfig, GenerateReport, Result, generate,
 };
 
-use crate::support::{SHORT_PROMPT, lines, stories260k};
-
-/// A folder with prompts and a short meta prompt.
-pub(crate) fn folder_of(prompts: &[&str]) -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    let prompts: Vec<_> =
-        prompts.iter().map(|text| serde_json::json!({"instruction": text, "input": ""})).collect();
-    fs::write(folder.path().join("prompts.json"), serde_json::to_string(&prompts).unwrap())
-        .unwrap();
-    fs::write(folder.path().join("prompt.txt"), SHORT_PROMPT).unwrap();
-    folder
-}
+use crate::support::{folder_of, generate_args, generate_with, lines, stories260k};
 
 pub(crate) const STORIES: [&str; 6] =
     ["Once upon a time", "Tim had a dog", "Lily saw a cat", "The sun was", "A bird", "Mom said"];
 
 fn args(folder: &Path) -> GenerateArgs {
-    GenerateArgs {
-        checkpoint: Some(stories260k()),
-        input_file: Some(folder.join("prompts.json")),
-        output_file: Some(folder.join("aligned.jsonl")),
-        meta_prompt_file: Some(folder.join("prompt.txt")),
-        max_seq_len: Some(200),
-        max_gen_len: Some(24),
-        max_batch_size: Some(2),
-        device: Some("cpu".to_owned()),
-        ..GenerateArgs::default()
-    }
-}
-
-fn run_with(args: GenerateArgs, stop: &StopFlag) -> Result<GenerateReport> {
-    tch::set_num_threads(1);
-    generate(&GenerateConfig::try_from(args).unwrap(), &SingleProcess, 0, stop, false)
+    GenerateArgs { max_seq_len: Some(200), max_batch_size: Some(2), ..generate_args(folder) }
 }
 
 fn run(args: GenerateArgs) -> Result<GenerateReport> {
-    run_with(args, &StopFlag::default())
+    generate_with(args, &StopFlag::default())
 }
 
 /// Rows by instruction: the order in which they finish says nothing.
@@ -115,7 +88,7 @@ fn a_stop_leaves_whole_rows_and_the_next_run_continues() {
     let folder = folder.path();
     let stop = StopFlag::default();
     stop.set();
-    let report = run_with(args(folder), &stop).unwrap();
+    let report = generate_with(args(folder), &stop).unwrap();
     assert!(report.stopped && report.answered < 6, "{report:?}");
     assert!(!folder.join("aligned.jsonl.done").exists());
     assert_eq!(lines(&folder.join("aligned.jsonl")).len(), report.answered);

@@ -2,7 +2,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use dromedary_command::StopFlag;
+use dromedary_parallel::SingleProcess;
 use dromedary_records::{AlignedResponse, FinishReason};
+use dromedary_self_align::{GenerateArgs, GenerateConfig, GenerateReport, Result, generate};
 
 /// The root of the checkout.
 pub(crate) fn root() -> PathBuf {
@@ -16,6 +19,36 @@ pub(crate) fn stories260k() -> PathBuf {
 
 /// A meta prompt that leaves room in 512 tokens of context.
 pub(crate) const SHORT_PROMPT: &str = "Be good.\n\nUser:";
+
+/// A folder with prompts and a short meta prompt.
+pub(crate) fn folder_of(prompts: &[&str]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let prompts: Vec<_> =
+        prompts.iter().map(|text| serde_json::json!({"instruction": text, "input": ""})).collect();
+    fs::write(folder.path().join("prompts.json"), serde_json::to_string(&prompts).unwrap())
+        .unwrap();
+    fs::write(folder.path().join("prompt.txt"), SHORT_PROMPT).unwrap();
+    folder
+}
+
+/// Generation in such a folder: up to 24 tokens for each prompt.
+pub(crate) fn generate_args(folder: &Path) -> GenerateArgs {
+    GenerateArgs {
+        checkpoint: Some(stories260k()),
+        input_file: Some(folder.join("prompts.json")),
+        output_file: Some(folder.join("aligned.jsonl")),
+        meta_prompt_file: Some(folder.join("prompt.txt")),
+        max_gen_len: Some(24),
+        device: Some("cpu".to_owned()),
+        ..GenerateArgs::default()
+    }
+}
+
+/// Generates in this process, on one thread.
+pub(crate) fn generate_with(args: GenerateArgs, stop: &StopFlag) -> Result<GenerateReport> {
+    tch::set_num_threads(1);
+    generate(&GenerateConfig::try_from(args).unwrap(), &SingleProcess, 0, stop, false)
+}
 
 /// A row in form, with this answer, complete.
 pub(crate) fn row(instruction: &str, answer: &str) -> AlignedResponse {
