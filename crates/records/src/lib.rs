@@ -48,4 +48,4 @@ pub use ids::{RowIds, row_id};
 pub use prompts::{Prompts, read_prompts};
 pub use read::{RawRow, RawRows, ReadProgress, Rows, read_raw_rows, read_rows};
 pub use rows::{AlignedResponse, FinishReason, Prompt, TrainingRow, UNKNOWN_SOURCE};
-pub use write::{EncodedRow, RowEncoder, RowWriter};
+pub use write::{EncodedRows, RowEncoder, RowWriter};

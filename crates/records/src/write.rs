@@ -18,6 +18,8 @@ pub struct RowWriter {
     sink: Sink,
     format: Format,
     rows: u64,
+    /// Holds the rows that are written one by one.
+    single: EncodedRows,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,7 +65,8 @@ impl RowWriter {
 
     fn begin(path: &Path, format: Format) -> Result<RowWriter> {
         let sink = Sink::create(path)?;
-        Ok(RowWriter { path: path.to_owned(), sink, format, rows: 0 })
+        let single = EncodedRows::new(path, format);
+        Ok(RowWriter { path: path.to_owned(), sink, format, rows: 0, single })
     }
 
     /// Writes one row.
@@ -71,30 +74,22 @@ impl RowWriter {
     /// # Errors
     /// [`Error::Write`] where it has no JSON form, [`Error::File`] where the disk is full.
     pub fn write(&mut self, row: &impl Serialize) -> Result<()> {
-        let row = self.encoder().encode(row)?;
-        self.write_encoded(&row)
+        self.single.clear();
+        self.single.push(row)?;
+        put(&mut self.sink, &mut self.rows, &self.single).map_err(Error::write(&self.path))
     }
 
-    /// What encodes the rows of this file, on several threads for example.
+    /// What encodes rows of this file, on several threads for example.
     pub fn encoder(&self) -> RowEncoder {
         RowEncoder { path: self.path.clone(), format: self.format }
     }
 
-    /// Writes a row that the [`encoder`](RowWriter::encoder) of this file has made.
+    /// Writes rows that the [`encoder`](RowWriter::encoder) of this file has made.
     ///
     /// # Errors
     /// [`Error::File`] where the disk is full.
-    pub fn write_encoded(&mut self, row: &EncodedRow) -> Result<()> {
-        let before = match (self.format, self.rows) {
-            (Format::Lines, _) => "",
-            (Format::Array, 0) => "[",
-            (Format::Array, _) => ",",
-        };
-        self.rows += 1;
-        self.sink
-            .write_all(before.as_bytes())
-            .and_then(|()| self.sink.write_all(&row.text))
-            .map_err(Error::write(&self.path))
+    pub fn write_encoded(&mut self, rows: &EncodedRows) -> Result<()> {
+        put(&mut self.sink, &mut self.rows, rows).map_err(Error::write(&self.path))
     }
 
     /// Completes the file and lets it appear; returns how many rows it has.
@@ -114,8 +109,20 @@ impl RowWriter {
     }
 }
 
-/// What most rows take, so that their text seldom moves while it grows.
-const ROW_BYTES: usize = 1024;
+/// Writes rows behind `written` others.
+fn put(sink: &mut Sink, written: &mut u64, rows: &EncodedRows) -> io::Result<()> {
+    if rows.rows == 0 {
+        return Ok(());
+    }
+    let before = match (rows.format, *written) {
+        (Format::Lines, _) => "",
+        (Format::Array, 0) => "[",
+        (Format::Array, _) => ",",
+    };
+    *written += rows.rows;
+    sink.write_all(before.as_bytes())?;
+    sink.write_all(&rows.text)
+}
 
 /// Encodes rows for a [`RowWriter`].
 #[derive(Clone, Debug)]
@@ -124,39 +131,58 @@ pub struct RowEncoder {
     format: Format,
 }
 
-/// A row as it stands in its file.
-#[derive(Clone, Debug)]
-pub struct EncodedRow {
-    text: Vec<u8>,
+impl RowEncoder {
+    /// No rows yet.
+    pub fn rows(&self) -> EncodedRows {
+        EncodedRows::new(&self.path, self.format)
+    }
 }
 
-impl RowEncoder {
-    /// The row as the file will have it.
+/// Rows as they stand in their file.
+#[derive(Clone, Debug)]
+pub struct EncodedRows {
+    path: PathBuf,
+    format: Format,
+    text: Vec<u8>,
+    rows: u64,
+}
+
+impl EncodedRows {
+    fn new(path: &Path, format: Format) -> EncodedRows {
+        EncodedRows { path: path.to_owned(), format, text: Vec::new(), rows: 0 }
+    }
+
+    fn clear(&mut self) {
+        self.text.clear();
+        self.rows = 0;
+    }
+
+    /// Adds a row.
     ///
     /// # Errors
-    /// [`Error::Write`] where it has no JSON form.
-    pub fn encode(&self, row: &impl Serialize) -> Result<EncodedRow> {
-        let encoded = match self.format {
-            Format::Array => indented(row),
-            Format::Lines => serde_json::to_vec(row).map(|mut text| {
-                text.push(b'\n');
-                text
+    /// [`Error::Write`] where it has no JSON form; the rows are of no use then.
+    pub fn push(&mut self, row: &impl Serialize) -> Result<()> {
+        let pushed = match self.format {
+            Format::Array => {
+                let before = if self.rows == 0 { "\n  " } else { ",\n  " };
+                self.text.extend_from_slice(before.as_bytes());
+                write_indented(&mut self.text, row)
+            }
+            Format::Lines => serde_json::to_writer(&mut self.text, row).map(|()| {
+                self.text.push(b'\n');
             }),
         };
-        let text = encoded.map_err(|error| Error::write(&self.path)(error.into()))?;
-        Ok(EncodedRow { text })
+        self.rows += 1;
+        pushed.map_err(|error| Error::write(&self.path)(error.into()))
     }
 }
 
 /// A row on lines of its own, as an element of an array.
-fn indented(row: &impl Serialize) -> serde_json::Result<Vec<u8>> {
-    let mut text = Vec::with_capacity(ROW_BYTES);
-    text.extend_from_slice(b"\n  ");
+fn write_indented(text: &mut Vec<u8>, row: &impl Serialize) -> serde_json::Result<()> {
     let mut formatter = PrettyFormatter::with_indent(b"  ");
     // As if within an array: what that writes is written by the file.
     formatter.begin_array(&mut io::sink()).map_err(serde_json::Error::io)?;
-    row.serialize(&mut serde_json::Serializer::with_formatter(&mut text, formatter))?;
-    Ok(text)
+    row.serialize(&mut serde_json::Serializer::with_formatter(text, formatter))
 }
 
 fn has_ending(path: &Path, endings: &[&str]) -> bool {

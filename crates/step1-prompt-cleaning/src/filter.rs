@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use memchr::memmem;
+use memchr::memmem::Finder;
 
 use crate::{Lists, Rules, TokenCounter};
 
@@ -104,28 +104,33 @@ impl DropReason {
 pub struct NliRule {
     rules: Rules,
     lists: Arc<Lists>,
+    /// What looks for each keyword.
+    finders: Vec<Finder<'static>>,
 }
 
 impl NliRule {
     /// The rule with the keywords of the lists.
     pub fn new(rules: Rules, lists: Arc<Lists>) -> NliRule {
-        NliRule { rules, lists }
+        let finder = |keyword: &String| Finder::new(keyword).into_owned();
+        let finders = lists.nli_keywords.iter().map(finder).collect();
+        NliRule { rules, lists, finders }
     }
 
     /// The first keyword that the question has.
     pub fn keyword(&self, question: &str) -> Option<&str> {
-        let has = |keyword: &str| match self.rules {
-            Rules::Dromedary => memmem::find(question.as_bytes(), keyword.as_bytes()).is_some(),
-            Rules::Corrected => contains_words(question, keyword),
+        let has = |finder: &Finder<'_>| match self.rules {
+            Rules::Dromedary => finder.find(question.as_bytes()).is_some(),
+            Rules::Corrected => contains_words(question, finder),
         };
-        self.lists.nli_keywords.iter().map(String::as_str).find(|keyword| has(keyword))
+        let found = self.finders.iter().position(has)?;
+        Some(&self.lists.nli_keywords[found])
     }
 }
 
-fn contains_words(text: &str, words: &str) -> bool {
-    memmem::find_iter(text.as_bytes(), words).any(|start| {
+fn contains_words(text: &str, words: &Finder<'_>) -> bool {
+    words.find_iter(text.as_bytes()).any(|start| {
         let before = text[..start].chars().next_back();
-        let behind = text[start + words.len()..].chars().next();
+        let behind = text[start + words.needle().len()..].chars().next();
         !before.is_some_and(char::is_alphanumeric) && !behind.is_some_and(char::is_alphanumeric)
     })
 }

@@ -11,8 +11,13 @@ use dromedary_prompt_cleaning::{
     subsample_openorca,
 };
 use dromedary_prompt_cleaning::{Report, Result};
+use mimalloc::MiMalloc;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+
+/// Rows are made on one thread and dropped on another, which the system's allocator locks for.
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 /// Step 1: collect, clean and subsample the prompts that the model is to answer.
 #[derive(Parser)]

@@ -1,3 +1,4 @@
+use std::borrow::Cow;
 use std::fmt;
 
 use dromedary_records::{Prompt, row_id};
@@ -23,10 +24,10 @@ impl Draft {
     }
 
     /// Instruction and input in one text, as the model gets them.
-    pub fn whole(&self) -> String {
+    pub fn whole(&self) -> Cow<'_, str> {
         match self.input.as_str() {
-            "" => self.instruction.clone(),
-            input => format!("{}\n\n{input}", self.instruction),
+            "" => Cow::Borrowed(&self.instruction),
+            input => Cow::Owned(format!("{}\n\n{input}", self.instruction)),
         }
     }
 
@@ -168,12 +169,7 @@ impl Rule for LengthRule {
             DropReason::TooShort => format!("fewer than {} tokens", self.min),
             _ => format!("more than {} tokens", self.max),
         };
-        let whole = if draft.input.is_empty() {
-            self.check(&draft.instruction)
-        } else {
-            self.check(&draft.whole())
-        };
-        whole.map(|reason| Dropped::with(reason, bound(reason))).into()
+        self.check(&draft.whole()).map(|reason| Dropped::with(reason, bound(reason))).into()
     }
 }
 

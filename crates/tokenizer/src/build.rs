@@ -14,7 +14,7 @@ use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
 use tokenizers::{AddedToken as Word, AddedVocabulary, NormalizedString, Normalizer as _};
 
-use crate::count::{Borders, SpareMemories};
+use crate::count::{Borders, Memories};
 use crate::format::{ConfigFile, TokenName, TokenizerFile, kind, steps};
 use crate::split::{GPT2_PATTERN, Split};
 use crate::tokenizer::{Decoder, Pipeline, Step, Token, byte_of_token};
@@ -97,7 +97,7 @@ impl Builder {
             adds_bos,
             longest_piece: longest.filter(|_| keeps_all),
             borders,
-            memories: SpareMemories::default(),
+            memories: Memories::default(),
             merged_bytes: AtomicU64::new(0),
             fingerprint: fingerprint(bytes, bos.filter(|_| adds_bos)),
         })

@@ -1,6 +1,8 @@
 //! How many tokens a text has, without making its ids.
 
-use std::sync::{Mutex, PoisonError};
+use std::cell::RefCell;
+
+use thread_local::ThreadLocal;
 
 use crate::build::MARKER;
 
@@ -171,25 +173,20 @@ impl<'s> Sum<'s> {
     }
 }
 
-/// Memories of words, one for each thread that counts at the moment.
+/// Memories of words, one for each thread: a lock around them would be taken for every text.
 #[derive(Default)]
-pub(crate) struct SpareMemories(Mutex<Vec<SeenWords>>);
+pub(crate) struct Memories(ThreadLocal<RefCell<SeenWords>>);
 
-impl SpareMemories {
-    /// Lends one out.
+impl Memories {
+    /// Lends out the thread's own; `work` must not ask for it again.
     pub(crate) fn with<T>(&self, work: impl FnOnce(&mut SeenWords) -> T) -> T {
-        let spare = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut seen = spare.unwrap_or_else(SeenWords::new);
-        let result = work(&mut seen);
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(seen);
-        result
+        work(&mut self.0.get_or(|| RefCell::new(SeenWords::new())).borrow_mut())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::cell::RefCell;
 
     fn words<'t>(borders: &Borders, before: Option<char>, text: &'t str) -> Vec<&'t str> {
         let (mut before, mut rest, mut words) = (before, text, Vec::new());

@@ -10,7 +10,7 @@ use tokenizers::{
 };
 
 use crate::build::MARKER;
-use crate::count::{Borders, SpareMemories, Sum};
+use crate::count::{Borders, Memories, Sum};
 use crate::{Result, build};
 
 /// Why the crate's pipeline cannot fail: it does for parts outside of the text and for an unknown
@@ -37,7 +37,7 @@ pub struct Tokenizer {
     pub(crate) longest_piece: Option<usize>,
     /// Where a text may be cut before its tokens are counted, if anywhere.
     pub(crate) borders: Option<Borders>,
-    pub(crate) memories: SpareMemories,
+    pub(crate) memories: Memories,
     pub(crate) merged_bytes: AtomicU64,
     pub(crate) fingerprint: String,
 }

@@ -1,3 +1,4 @@
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -6,7 +7,7 @@ use dromedary_records::{Prompt, RowWriter};
 use serde::{Deserialize, Serialize};
 
 use super::merge::MergeConfig;
-use crate::buckets::{KeyedBuckets, folder_of};
+use crate::buckets::{Entry, KeyedBuckets, Spilled, folder_of};
 use crate::explain::{Explanation, Search};
 use crate::report::{Ledger, RowName};
 use crate::selection::Selection;
@@ -19,6 +20,8 @@ use crate::{
 
 /// What looks at one row alone, on any thread.
 pub(super) struct Judge {
+    rules: Rules,
+    order: KeyedOrder,
     pipeline: Pipeline,
     sketcher: Option<Sketcher>,
     /// Counts tokens for the report.
@@ -38,8 +41,17 @@ pub(super) enum Verdict {
 pub(super) struct JudgedRow {
     judged: Judged,
     original: Option<Draft>,
+    /// What comes after the rules, unless one of them has left the row out.
+    clean: Option<Clean>,
+}
+
+/// A prompt that the rules have kept.
+struct Clean {
+    fingerprint: Fingerprint,
     sketch: Option<Sketch>,
-    tokens: Option<u32>,
+    choice_key: u64,
+    /// What waits on disk if no other prompt is in its way.
+    spilled: postcard::Result<Spilled>,
 }
 
 impl Judge {
@@ -66,6 +78,8 @@ impl Judge {
             .with_some(benchmarks);
         let reports = config.shared.report.is_some();
         Ok(Judge {
+            rules: config.shared.compat.into(),
+            order: KeyedOrder::new(config.judge.seed),
             pipeline,
             sketcher: optional.near_duplicates.map(Sketcher::new),
             counter: reports.then_some(counter),
@@ -82,18 +96,35 @@ impl Judge {
         };
         let original = self.keeps_originals.then(|| draft.clone());
         let judged = self.pipeline.judge(draft);
-        let is_left = judged.dropped.is_none();
-        let whole = || judged.draft.whole();
-        let sketch = self.sketcher.as_ref().filter(|_| is_left).map(|s| s.sketch(&whole()));
-        let counter = self.counter.as_ref().filter(|_| is_left);
-        let tokens = counter.map(|counter| counter.count(&whole()) as u32);
-        Verdict::Judged(Box::new(JudgedRow { judged, original, sketch, tokens }))
+        let clean = judged.dropped.is_none().then(|| self.clean(&judged.draft));
+        Verdict::Judged(Box::new(JudgedRow { judged, original, clean }))
+    }
+
+    fn clean(&self, draft: &Draft) -> Clean {
+        let whole = draft.whole();
+        let fingerprint = Fingerprint::of(self.rules, &whole);
+        let id = draft.id();
+        let choice_key = self.order.choice_key(&id);
+        let waiting = Waiting {
+            tokens: self.counter.as_ref().map(|counter| counter.count(&whole) as u32),
+            choice_key,
+            id: Cow::Owned(id),
+            instruction: Cow::Borrowed(&draft.instruction),
+            input: Cow::Borrowed(&draft.input),
+        };
+        let key = self.order.output_key(&fingerprint);
+        Clean {
+            fingerprint,
+            sketch: self.sketcher.as_ref().map(|sketcher| sketcher.sketch(&whole)),
+            choice_key,
+            spilled: Spilled::new(key, &waiting, whole.len() + waiting.id.len()),
+        }
     }
 }
 
 /// Where a prompt was read: the place of its source in [`Source::ALL`] in the first byte, behind it
 /// the number of the row. One is held for every prompt.
-#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Place(u64);
 
 impl Place {
@@ -113,24 +144,27 @@ impl Place {
     }
 }
 
-/// A clean prompt that waits on disk.
+/// A clean prompt that waits on disk, under the number of its [`Place`].
 #[derive(Serialize, Deserialize)]
-struct Waiting {
-    place: Place,
+struct Waiting<'p> {
     tokens: Option<u32>,
-    prompt: Prompt,
+    choice_key: u64,
+    #[serde(borrow)]
+    id: Cow<'p, str>,
+    #[serde(borrow)]
+    instruction: Cow<'p, str>,
+    #[serde(borrow)]
+    input: Cow<'p, str>,
 }
 
 /// Compares the clean prompts, keeps the first of equal ones and chooses among the others.
 pub(super) struct Merger<'j> {
     judge: &'j Judge,
-    rules: Rules,
-    order: KeyedOrder,
     seen: BTreeMap<Fingerprint, Place>,
     near: Option<(NearDuplicates, Vec<Place>)>,
     selection: Selection,
     keys: BTreeMap<Source, Vec<u64>>,
-    buckets: KeyedBuckets<Waiting>,
+    buckets: KeyedBuckets,
     ledger: Ledger,
     search: Search,
 }
@@ -144,8 +178,6 @@ impl<'j> Merger<'j> {
         });
         Ok(Merger {
             judge,
-            rules: config.shared.compat.into(),
-            order: KeyedOrder::new(config.judge.seed),
             seen: BTreeMap::new(),
             near: near.transpose()?,
             selection: config.optional.selection(),
@@ -193,7 +225,7 @@ impl<'j> Merger<'j> {
     }
 
     fn admit_judged(&mut self, place: Place, row: JudgedRow) -> Result<()> {
-        let JudgedRow { judged, original, sketch, tokens } = row;
+        let JudgedRow { judged, original, clean } = row;
         let Judged { draft, edits, dropped } = judged;
         let name = place.name();
         if let Some(original) = &original
@@ -205,28 +237,20 @@ impl<'j> Merger<'j> {
         let before = || original.as_ref().map_or_else(String::new, |o| o.instruction.clone());
         let texts = || (before(), draft.instruction.clone());
         self.ledger.edited(place.source().name(), name, &edits, texts);
-        let prompt = draft.clone().into_prompt();
-        let fingerprint = Fingerprint::of(self.rules, &draft.whole());
-        let dropped = match dropped {
-            Some(dropped) => Some(dropped),
-            None => self.compare(place, fingerprint, sketch, &prompt)?,
+        let left_out = match (dropped, clean) {
+            (Some(dropped), _) => Some(dropped),
+            (None, Some(clean)) => self.admit_clean(place, clean)?,
+            (None, None) => None,
         };
-        if let Some(dropped) = dropped {
-            self.ledger.dropped(place.source().name(), name, &dropped, || prompt.instruction);
-            return Ok(());
+        if let Some(dropped) = left_out {
+            self.ledger.dropped(place.source().name(), name, &dropped, || draft.instruction);
         }
-        let key = self.order.output_key(&fingerprint);
-        self.buckets.push(key, &Waiting { place, tokens, prompt })
+        Ok(())
     }
 
     /// The rules that look at several prompts.
-    fn compare(
-        &mut self,
-        place: Place,
-        fingerprint: Fingerprint,
-        sketch: Option<Sketch>,
-        prompt: &Prompt,
-    ) -> Result<Option<Dropped>> {
+    fn admit_clean(&mut self, place: Place, clean: Clean) -> Result<Option<Dropped>> {
+        let Clean { fingerprint, sketch, choice_key, spilled } = clean;
         let equal = self.equal(place, fingerprint);
         self.search.step(place.name(), "duplicates", equal.clone());
         if equal.is_some() {
@@ -239,17 +263,17 @@ impl<'j> Merger<'j> {
                 return Ok(similar);
             }
         }
-        let key = self.order.choice_key(&prompt.id);
         if self.selection.sample.is_some() {
-            let left_out = self.selection.sample(key);
+            let left_out = self.selection.sample(choice_key);
             self.search.step(place.name(), "sample", left_out.clone());
             if left_out.is_some() {
                 return Ok(left_out);
             }
         }
         if let Some(keys) = self.keys.get_mut(&place.source()) {
-            keys.push(key);
+            keys.push(choice_key);
         }
+        self.buckets.push(place.0, spilled)?;
         Ok(None)
     }
 
@@ -277,27 +301,72 @@ impl<'j> Merger<'j> {
     }
 
     /// Writes what the caps and the mix leave.
-    pub(super) fn write(mut self, writer: &mut RowWriter) -> Result<(Ledger, Search)> {
-        let limited = self.selection.counts_prompts();
-        let limits = self.selection.limits(std::mem::take(&mut self.keys));
-        for waiting in self.buckets.into_ordered() {
-            let Waiting { place, tokens, prompt } = waiting?;
-            let dropped = limits.check(place.source(), self.order.choice_key(&prompt.id));
-            if limited {
-                self.search.step(place.name(), "cap and mix", dropped.clone());
-            }
-            match dropped {
-                Some(dropped) => {
-                    let text = || prompt.instruction;
-                    self.ledger.dropped(place.source().name(), place.name(), &dropped, text);
+    pub(super) fn write(self, writer: &mut RowWriter) -> Result<(Ledger, Search)> {
+        let Merger { judge, selection, keys, mut buckets, mut ledger, mut search, .. } = self;
+        let limited = selection.counts_prompts();
+        let limits = selection.limits(keys);
+        let encoder = writer.encoder();
+        let keeps_texts = judge.keeps_originals;
+        buckets.for_each_in_order(
+            |bucket| {
+                let (mut rows, mut fates) = (encoder.rows(), Vec::new());
+                for Entry { number, row, .. } in bucket.rows::<Waiting<'_>>() {
+                    let place = Place(number);
+                    let dropped = limits.check(place.source(), row.choice_key);
+                    let text = match &dropped {
+                        Some(_) if keeps_texts => row.instruction.clone().into_owned(),
+                        _ => String::new(),
+                    };
+                    fates.push(Fate { place, tokens: row.tokens, dropped, text });
+                    if fates.last().is_some_and(|fate| fate.dropped.is_none()) {
+                        rows.push(&row.into_prompt(place.source()))?;
+                    }
                 }
-                None => {
-                    self.ledger.kept(place.source().name(), tokens);
-                    writer.write(&prompt)?;
+                Ok((rows, fates))
+            },
+            |(rows, fates)| {
+                for fate in fates {
+                    fate.enter(limited, &mut ledger, &mut search);
                 }
-            }
+                Ok(writer.write_encoded(&rows)?)
+            },
+        )?;
+        Ok((ledger, search))
+    }
+}
+
+/// What became of a clean prompt.
+struct Fate {
+    place: Place,
+    tokens: Option<u32>,
+    /// Why it is left out, if it is.
+    dropped: Option<Dropped>,
+    /// Its text, if it is left out and the report shows texts.
+    text: String,
+}
+
+impl Fate {
+    fn enter(self, limited: bool, ledger: &mut Ledger, search: &mut Search) {
+        let Fate { place, tokens, dropped, text } = self;
+        let (name, source) = (place.name(), place.source().name());
+        if limited {
+            search.step(name, "cap and mix", dropped.clone());
         }
-        Ok((self.ledger, self.search))
+        match dropped {
+            Some(dropped) => ledger.dropped(source, name, &dropped, || text),
+            None => ledger.kept(source, tokens),
+        }
+    }
+}
+
+impl Waiting<'_> {
+    fn into_prompt(self, source: Source) -> Prompt {
+        Prompt {
+            id: self.id.into_owned(),
+            source: source.to_string(),
+            instruction: self.instruction.into_owned(),
+            input: self.input.into_owned(),
+        }
     }
 }
 

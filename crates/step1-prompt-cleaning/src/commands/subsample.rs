@@ -4,15 +4,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use dromedary_command::required;
-use dromedary_records::RowWriter;
-use rayon::prelude::*;
+use dromedary_records::{EncodedRows, RowWriter};
 use serde::{Deserialize, Serialize};
 
 use super::settings::{
     JudgeArgs, JudgeConfig, SharedArgs, SharedConfig, positive, refuse_overwriting,
 };
 use super::{Outcome, Run, Session, make_report_folder, on_threads};
-use crate::buckets::{Entry, KeyedBuckets, Spilled};
+use crate::buckets::{Bucket, Entry, KeyedBuckets, Spilled};
 use crate::explain::{Explanation, Search};
 use crate::report::{Ledger, Report, RowName};
 use crate::sources::{Fault, OpenOrcaQuestion, Stratum, found_files, one_or_many};
@@ -144,7 +143,7 @@ struct JudgedQuestion {
     judged: Judged,
     original: Option<Draft>,
     /// What waits for the comparison, unless a rule has left the question out.
-    spilled: Option<serde_json::Result<Spilled>>,
+    spilled: Option<postcard::Result<Spilled>>,
 }
 
 impl Judge {
@@ -184,7 +183,7 @@ impl Judge {
         JudgedQuestion { stratum: row.stratum, judged, original, spilled }
     }
 
-    fn spilled(&self, stratum: Stratum, judged: &Judged) -> serde_json::Result<Spilled> {
+    fn spilled(&self, stratum: Stratum, judged: &Judged) -> postcard::Result<Spilled> {
         let question = &judged.draft.instruction;
         let fingerprint = Fingerprint::of(self.rules, question);
         let (sample_key, output_key) = self.order.keys(&fingerprint);
@@ -210,6 +209,7 @@ struct Waiting<'q> {
     /// The halves of the key that says whether it is in the sample.
     sample_key: (u64, u64),
     tokens: Option<u32>,
+    #[serde(borrow)]
     question: Cow<'q, str>,
 }
 
@@ -232,7 +232,7 @@ fn place<T: PartialEq>(all: &[T], value: &T) -> usize {
 struct Sampler<'j> {
     judge: &'j Judge,
     rows: u64,
-    buckets: KeyedBuckets<Waiting<'static>>,
+    buckets: KeyedBuckets,
     ledger: Ledger,
     search: Search,
 }
@@ -278,7 +278,7 @@ impl<'j> Sampler<'j> {
             self.ledger.edited(source, name, &judged.edits, Default::default);
         }
         match (spilled, judged.dropped) {
-            (Some(spilled), _) => self.buckets.push_spilled(self.rows, spilled)?,
+            (Some(spilled), _) => self.buckets.push(self.rows, spilled)?,
             (None, Some(dropped)) => {
                 let question = judged.draft.instruction;
                 self.ledger.dropped(source, name, &dropped, || question);
@@ -288,30 +288,23 @@ impl<'j> Sampler<'j> {
         Ok(())
     }
 
-    /// Writes the sample in its order: one bucket, while the next is read.
+    /// Writes the sample in its order.
     fn write(mut self, cap: usize, writer: &mut RowWriter) -> Result<(Ledger, Search)> {
         let last_keys = self.last_sample_keys(cap)?;
         let encoder = writer.encoder();
+        let keeps_texts = self.judge.keeps_originals;
         let Sampler { mut buckets, mut ledger, mut search, .. } = self;
-        let mut buckets = buckets.ordered();
-        let mut next = buckets.next();
-        while let Some(bucket) = next {
-            let bucket = bucket?;
-            let write = || {
-                let mut kept = Vec::new();
-                for equal in equals(bucket) {
-                    kept.extend(choose(equal, &last_keys, &mut ledger, &mut search));
-                }
-                let encode = |question| {
-                    encoder.encode(&Draft::new(Source::OpenOrca, question).into_prompt())
-                };
-                let rows: Vec<_> = kept.into_par_iter().map(encode).collect();
-                rows.into_iter().try_for_each(|row| writer.write_encoded(&row?))
-            };
-            let (written, read) = rayon::join(write, || buckets.next());
-            written?;
-            next = read;
-        }
+        buckets.for_each_in_order(
+            |bucket| {
+                let mut sample = Sample { rows: encoder.rows(), fates: Vec::new(), keeps_texts };
+                equals(bucket).try_for_each(|equal| sample.choose(equal, &last_keys))?;
+                Ok(sample)
+            },
+            |sample| {
+                sample.fates.into_iter().for_each(|fate| fate.enter(&mut ledger, &mut search));
+                Ok(writer.write_encoded(&sample.rows)?)
+            },
+        )?;
         Ok((ledger, search))
     }
 
@@ -320,19 +313,23 @@ impl<'j> Sampler<'j> {
         if self.rows <= cap as u64 {
             return Ok(BTreeMap::new());
         }
+        let keys = |bucket: &Bucket| {
+            let candidates = equals(bucket).map(|equal| equal.first.row);
+            let candidates = candidates.filter(|row| row.drop.is_none());
+            Ok(candidates.map(|row| (row.stratum(), row.sample_key)).collect::<Vec<_>>())
+        };
         // One more than the cap, to know of a row that is over it.
         let mut smallest: BTreeMap<Stratum, BinaryHeap<(u64, u64)>> = BTreeMap::new();
-        for bucket in self.buckets.ordered() {
-            for Equal { first, .. } in equals(bucket?) {
-                if first.row.drop.is_none() {
-                    let keys = smallest.entry(first.row.stratum()).or_default();
-                    keys.push(first.row.sample_key);
-                    if keys.len() > cap + 1 {
-                        keys.pop();
-                    }
+        self.buckets.for_each_in_order(keys, |keys| {
+            for (stratum, key) in keys {
+                let keys = smallest.entry(stratum).or_default();
+                keys.push(key);
+                if keys.len() > cap + 1 {
+                    keys.pop();
                 }
             }
-        }
+            Ok(())
+        })?;
         let last_of = |(stratum, mut keys): (Stratum, BinaryHeap<(u64, u64)>)| {
             keys.pop().filter(|_| keys.len() == cap)?;
             Some((stratum, *keys.peek()?))
@@ -344,51 +341,84 @@ impl<'j> Sampler<'j> {
 /// The keys of the last rows that are in the sample, for the strata that have more.
 type LastKeys = BTreeMap<Stratum, (u64, u64)>;
 
-/// The question that is written of equal ones, if one is.
-fn choose(
-    equal: Equal,
-    last_keys: &LastKeys,
-    ledger: &mut Ledger,
-    search: &mut Search,
-) -> Option<String> {
-    let Equal { first, others } = equal;
-    for other in others {
-        let (name, duplicate) = (row_name(other.number), duplicate_of(first.number));
-        search.step(name, "duplicates", Some(duplicate.clone()));
-        let source = other.row.stratum().reported_name();
-        ledger.dropped(source, name, &duplicate, || other.row.question.into_owned());
-    }
-    let (name, waiting) = (row_name(first.number), first.row);
-    let last_key = last_keys.get(&waiting.stratum());
-    let over = last_key.is_some_and(|last| waiting.sample_key > *last);
-    let over = over.then(|| Dropped::plain(DropReason::OverCap));
-    if waiting.drop.is_none() {
-        search.step(name, "duplicates", None);
-        search.step(name, "cap", over.clone());
-    }
-    let source = waiting.stratum().reported_name();
-    match waiting.drop().map(Dropped::plain).or(over) {
-        Some(dropped) => {
-            ledger.dropped(source, name, &dropped, || waiting.question.into_owned());
-            None
+/// What the sample has of one bucket.
+struct Sample {
+    rows: EncodedRows,
+    fates: Vec<Fate>,
+    /// Whether the report shows texts.
+    keeps_texts: bool,
+}
+
+/// What became of a row.
+struct Fate {
+    number: u64,
+    stratum: Stratum,
+    tokens: Option<u32>,
+    /// Why it is left out, if it is.
+    dropped: Option<Dropped>,
+    /// Its text, if it is left out and the report shows texts.
+    text: String,
+}
+
+impl Sample {
+    /// Takes one of equal questions, or none.
+    fn choose(&mut self, equal: Equal<'_>, last_keys: &LastKeys) -> Result<()> {
+        let Equal { first, others } = equal;
+        for other in others {
+            self.leave_out(other, duplicate_of(first.number));
         }
-        None => {
-            ledger.kept(source, waiting.tokens);
-            Some(waiting.question.into_owned())
+        let row = &first.row;
+        let over = last_keys.get(&row.stratum()).is_some_and(|last| row.sample_key > *last);
+        let reason = row.drop().or(over.then_some(DropReason::OverCap));
+        if let Some(reason) = reason {
+            self.leave_out(first, Dropped::plain(reason));
+            return Ok(());
+        }
+        let Entry { number, row, .. } = first;
+        let (stratum, tokens) = (row.stratum(), row.tokens);
+        self.fates.push(Fate { number, stratum, tokens, dropped: None, text: String::new() });
+        self.rows.push(&Draft::new(Source::OpenOrca, row.question).into_prompt())?;
+        Ok(())
+    }
+
+    fn leave_out(&mut self, entry: Entry<Waiting<'_>>, dropped: Dropped) {
+        let Entry { number, row, .. } = entry;
+        let (stratum, tokens) = (row.stratum(), row.tokens);
+        let text = if self.keeps_texts { row.question.into_owned() } else { String::new() };
+        self.fates.push(Fate { number, stratum, tokens, dropped: Some(dropped), text });
+    }
+}
+
+impl Fate {
+    fn enter(self, ledger: &mut Ledger, search: &mut Search) {
+        let Fate { number, stratum, tokens, dropped, text } = self;
+        let (name, source) = (row_name(number), stratum.reported_name());
+        match dropped.as_ref().map(|dropped| dropped.reason) {
+            Some(DropReason::Duplicate) => search.step(name, "duplicates", dropped.clone()),
+            None | Some(DropReason::OverCap) => {
+                search.step(name, "duplicates", None);
+                search.step(name, "cap", dropped.clone());
+            }
+            // A rule has left it out before.
+            Some(_) => {}
+        }
+        match dropped {
+            Some(dropped) => ledger.dropped(source, name, &dropped, || text),
+            None => ledger.kept(source, tokens),
         }
     }
 }
 
 /// Questions that are the same.
-struct Equal {
+struct Equal<'b> {
     /// What is in the first stratum, wherever it stands in the files, and there what came first.
-    first: Entry<Waiting<'static>>,
-    others: Vec<Entry<Waiting<'static>>>,
+    first: Entry<Waiting<'b>>,
+    others: Vec<Entry<Waiting<'b>>>,
 }
 
 /// The rows of a bucket, those with the same key together.
-fn equals(bucket: Vec<Entry<Waiting<'static>>>) -> impl Iterator<Item = Equal> {
-    let mut rows = bucket.into_iter().peekable();
+fn equals(bucket: &Bucket) -> impl Iterator<Item = Equal<'_>> {
+    let mut rows = bucket.rows::<Waiting<'_>>().peekable();
     std::iter::from_fn(move || {
         let mut first = rows.next()?;
         let mut others = Vec::new();

@@ -107,6 +107,8 @@ struct SliceReader {
     path: PathBuf,
     columns: Vec<String>,
     metadata: FileMetadataRef,
+    /// The same without its row groups.
+    bare: FileMetadata,
 }
 
 impl SliceReader {
@@ -127,7 +129,10 @@ impl SliceReader {
         guarded(path, || Ok(check(&metadata, bytes)))?
             .map_err(|message| Error::DamagedParquet { path: path.to_owned(), message })?;
         let columns = columns.iter().map(|&column| column.to_owned()).collect();
-        Ok(SliceReader { path: path.to_owned(), columns, metadata })
+        let mut bare = FileMetadata::clone(&metadata);
+        bare.row_groups.clear();
+        bare.num_rows = 0;
+        Ok(SliceReader { path: path.to_owned(), columns, metadata, bare })
     }
 
     /// Stretches of rows: small row groups together, large ones in parts.
@@ -145,15 +150,37 @@ impl SliceReader {
         slices
     }
 
+    /// What the footer says of the row groups that hold these rows, as if there were no others, and
+    /// the place of the first row in them: without a thread pool, the reader decodes all groups
+    /// that it knows of.
+    fn groups_of(&self, range: &Range<usize>) -> (FileMetadata, usize) {
+        let mut metadata = FileMetadata::clone(&self.bare);
+        let (mut start, mut first) = (0, 0);
+        for group in &self.metadata.row_groups {
+            let end = start + group.num_rows();
+            if start < range.end && end > range.start {
+                if metadata.row_groups.is_empty() {
+                    first = range.start - start;
+                }
+                metadata.num_rows += group.num_rows();
+                metadata.row_groups.push(group.clone());
+            }
+            start = end;
+        }
+        (metadata, first)
+    }
+
     fn read(&self, range: Range<usize>) -> Result<Slice> {
+        let (metadata, first) = self.groups_of(&range);
         let mut reader = ParquetReader::new(BufReader::new(open_file(&self.path)?));
-        reader.set_metadata(Arc::clone(&self.metadata));
+        reader.set_metadata(Arc::new(metadata));
         let frame = guarded(&self.path, || {
             reader
                 .with_columns(Some(self.columns.clone()))
-                .with_slice(Some((range.start, range.len())))
-                // The other strategies decode the row groups outside the slice as well.
-                .read_parallel(ParallelStrategy::RowGroups)
+                .with_slice(Some((first, range.len())))
+                // On this thread: the other strategies start a pool of their own, and while they
+                // work this one can do nothing else.
+                .read_parallel(ParallelStrategy::None)
                 .finish()
         })?;
         if frame.height() != range.len() {

@@ -1,4 +1,3 @@
-use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
@@ -46,8 +45,8 @@ pub enum Value {
         /// The number of its elements.
         len: usize,
     },
-    /// An object; a field that occurs twice has its last value.
-    Object(BTreeMap<&'static str, Value>),
+    /// An object: its fields in their order.
+    Object(Vec<(&'static str, Value)>),
 }
 
 impl Value {
@@ -59,7 +58,11 @@ impl Value {
     /// Takes a field out of an object.
     pub fn take(&mut self, field: &str) -> Value {
         match self {
-            Value::Object(fields) => fields.remove(field).unwrap_or_default(),
+            Value::Object(fields) => {
+                // A field that occurs twice has its last value.
+                let place = fields.iter().rposition(|(name, _)| *name == field);
+                place.map(|place| fields.swap_remove(place).1).unwrap_or_default()
+            }
             _ => Value::Absent,
         }
     }
@@ -153,11 +156,11 @@ impl<'de> Visitor<'de> for ValueVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
-        let mut fields = BTreeMap::new();
+        let mut fields = Vec::new();
         while let Some(Key(name)) = entries.next_key()? {
             match name {
                 Some(name) => {
-                    fields.insert(name, entries.next_value()?);
+                    fields.push((name, entries.next_value()?));
                 }
                 None => {
                     entries.next_value::<IgnoredAny>()?;
