@@ -9,6 +9,7 @@
 
 mod archive;
 mod bench;
+pub mod browser;
 pub mod cache;
 mod check;
 mod demo;

@@ -65,6 +65,8 @@ pub fn export_parquet(config: &ExportConfig, session: &Session) -> Result<u64> {
     let schema = COLUMNS.map(|name| Field::new(name.into(), DataType::String));
     let mut writer = ParquetWriter::new(&mut file)
         .with_compression(ParquetCompression::Zstd(None))
+        // It would start a pool of its own.
+        .set_parallel(false)
         .batched(&Schema::from_iter(schema))
         .map_err(failed)?;
     let progress = Progress::new(None, "rows", session.show_progress);

@@ -21,6 +21,10 @@ const SLICE: usize = 16 * 1024;
 /// out of a few bytes.
 const MAX_ROWS_PER_BYTE: u64 = 1000;
 
+/// The pages of a file become no more than so many times as large: no compression of texts that
+/// people wrote comes near it.
+const MAX_INFLATION: u64 = 1000;
+
 /// The rows of a parquet file, slice by slice; columns that are not asked for are not read.
 pub(super) fn rows(path: &Path, columns: &[&'static str]) -> Result<RawRows> {
     let reader = SliceReader::open(path, columns)?;
@@ -222,7 +226,7 @@ fn check(metadata: &FileMetadata, bytes: u64) -> std::result::Result<(), String>
         return Err(format!("{rows} rows cannot be in {bytes} bytes"));
     }
     // Without a look at the data: a bomb's chunks all lie in the same place.
-    let mut chunks = 0_u64;
+    let (mut chunks, mut inflated) = (0_u64, 0_u64);
     for group in &metadata.row_groups {
         for chunk in group.parquet_columns() {
             let range = chunk.byte_range();
@@ -230,6 +234,8 @@ fn check(metadata: &FileMetadata, bytes: u64) -> std::result::Result<(), String>
                 return Err(format!("a column lies at {range:?}, but the file has {bytes} bytes"));
             }
             chunks = chunks.saturating_add(range.end - range.start);
+            let size = u64::try_from(chunk.uncompressed_size());
+            inflated = inflated.saturating_add(size.unwrap_or(u64::MAX));
             let flat = chunk.descriptor().descriptor.max_rep_level == 0;
             let values = chunk.num_values();
             if flat && u64::try_from(values) != Ok(group.num_rows() as u64) {
@@ -239,6 +245,9 @@ fn check(metadata: &FileMetadata, bytes: u64) -> std::result::Result<(), String>
     }
     if chunks > bytes {
         return Err(format!("{chunks} bytes in its columns, but {bytes} in the file"));
+    }
+    if inflated > bytes.saturating_mul(MAX_INFLATION) {
+        return Err(format!("{inflated} bytes out of {bytes} in the file"));
     }
     Ok(())
 }

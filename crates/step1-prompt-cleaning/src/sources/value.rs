@@ -61,7 +61,7 @@ impl Value {
             Value::Object(fields) => {
                 // A field that occurs twice has its last value.
                 let place = fields.iter().rposition(|(name, _)| *name == field);
-                place.map(|place| fields.swap_remove(place).1).unwrap_or_default()
+                place.map(|place| fields.remove(place).1).unwrap_or_default()
             }
             _ => Value::Absent,
         }

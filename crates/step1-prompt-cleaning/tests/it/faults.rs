@@ -32,7 +32,7 @@ fn parquet(folder: &Folder) -> Vec<u8> {
 }
 
 /// Runs the sampling of `NAME.parquet` in a process with little memory.
-fn sample(folder: &Folder, name: &str) -> Output {
+pub(crate) fn sample(folder: &Folder, name: &str) -> Output {
     let limited = format!("ulimit -v {CHILD_KILOBYTES}; exec \"$0\" \"$@\"");
     let path = |ending: &str| folder.path(&format!("{name}{ending}"));
     Command::new("sh")

@@ -40,3 +40,9 @@ mod formats;
 
 /// Damaged files in a process with little memory.
 mod faults;
+
+/// Small parquet files that promise petabytes.
+mod bombs;
+
+/// What `--threads` limits.
+mod threads;

@@ -5,5 +5,6 @@
 mod checks;
 mod demo;
 mod machine;
+mod pages;
 mod rust_version;
 mod setup;

@@ -1,0 +1,75 @@
+//! A page as a browser shows it, for tests of the reports.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, ensure};
+
+const BROWSERS: [&str; 4] = ["chromium", "chromium-browser", "google-chrome", "chrome"];
+
+/// Shows the page in a frame and then, in its place, what can be seen of it: the text, and the
+/// height of each bar that is drawn.
+const FRAME: &str = r#"<!doctype html><meta charset="utf-8"><title>shown</title>
+<iframe style="width: 1200px; height: 4000px" src="PAGE" onload="
+    const page = this.contentDocument;
+    const bars = [...page.querySelectorAll('svg rect')];
+    const heights = bars.map(bar => bar.getBoundingClientRect().height);
+    const drawn = heights.filter(height => height > 0).length;
+    document.body.textContent = `bars: ${drawn}\n` + page.body.innerText;
+"></iframe>
+"#;
+
+/// What a browser shows of a page.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shown {
+    /// The text that can be seen; cells of a table row stand on one line, with tabs between them.
+    pub text: String,
+    /// The bars that are drawn in its diagrams.
+    pub bars: usize,
+}
+
+/// What a browser shows of the file; `None` where there is no Chromium on the PATH.
+///
+/// # Errors
+///
+/// A browser that cannot be run or shows nothing.
+pub fn shown(page: &Path) -> Result<Option<Shown>> {
+    let Some(browser) = find() else {
+        return Ok(None);
+    };
+    let page = page.canonicalize().with_context(|| page.display().to_string())?;
+    let folder = tempfile::tempdir()?;
+    let frame = folder.path().join("frame.html");
+    fs::write(&frame, FRAME.replace("PAGE", &format!("file://{}", page.display())))?;
+    let output = Command::new(&browser)
+        .args(["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"])
+        .args(["--timeout=30000", "--dump-dom"])
+        .arg(format!("--user-data-dir={}", folder.path().join("profile").display()))
+        .arg(format!("file://{}", frame.display()))
+        .stderr(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot run {}", browser.display()))?;
+    ensure!(output.status.success(), "{} failed: {}", browser.display(), output.status);
+    let dom = String::from_utf8(output.stdout)?;
+    let read = || {
+        let (_, body) = dom.split_once("<body>bars: ")?;
+        let (bars, text) = body.rsplit_once("</body>")?.0.split_once('\n')?;
+        Some(Shown { text: unescaped(text), bars: bars.parse().ok()? })
+    };
+    read().map(Some).with_context(|| format!("{} shows nothing of it", browser.display()))
+}
+
+fn find() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    let folders: Vec<PathBuf> = std::env::split_paths(&path).collect();
+    let candidates = BROWSERS.iter().flat_map(|name| folders.iter().map(move |f| f.join(name)));
+    candidates.into_iter().find(|candidate| candidate.is_file())
+}
+
+/// Undoes how a browser writes text.
+fn unescaped(text: &str) -> String {
+    text.replace("&lt;", "<").replace("&gt;", ">").replace("&nbsp;", "\u{a0}").replace("&amp;", "&")
+}
