@@ -20,7 +20,7 @@ pub enum TokenCounter {
 }
 
 impl TokenCounter {
-    /// The counter of a `tokenizer.json` or of a folder with one; without a path, the estimate.
+    /// The counter of a `tokenizer.json` or `tokenizer.model`, or of a folder with one; without a path, the estimate.
     ///
     /// # Errors
     /// A tokenizer that cannot be read.

@@ -16,6 +16,7 @@ use tokenizers::{AddedToken as Word, AddedVocabulary, NormalizedString, Normaliz
 
 use crate::count::{Borders, Memories};
 use crate::format::{ConfigFile, TokenName, TokenizerFile, kind, steps};
+use crate::sentencepiece::{self, Converted};
 use crate::split::{GPT2_PATTERN, Split};
 use crate::tokenizer::{Decoder, Pipeline, Step, Token, byte_of_token};
 use crate::{Error, Result, Tokenizer};
@@ -23,25 +24,48 @@ use crate::{Error, Result, Tokenizer};
 /// Far more than any vocabulary has: a damaged id must not make us allocate gigabytes.
 const MAX_ID: u32 = 1 << 22;
 
+/// The names of the files in a model's folder.
+const JSON: &str = "tokenizer.json";
+const MODEL: &str = "tokenizer.model";
+
 /// Sentencepiece's stand-in for the space, U+2581.
 pub(crate) const MARKER: char = '\u{2581}';
 
 pub(crate) fn open(path: &Path) -> Result<Tokenizer> {
-    let file = if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() };
-    if file.extension().is_some_and(|extension| extension == "model") {
-        return Err(Error::SentencePieceModel { path: file });
-    }
+    let path = file(path);
     let bytes =
-        std::fs::read(&file).map_err(|source| Error::Open { path: file.clone(), source })?;
-    let config = match file.file_name() {
-        Some(name) if name == "tokenizer.json" => {
-            read_config(&file.with_file_name("tokenizer_config.json"))?
+        std::fs::read(&path).map_err(|source| Error::Open { path: path.clone(), source })?;
+    let mut config = match path.file_name() {
+        Some(name) if name == JSON || name == MODEL => {
+            read_config(&path.with_file_name("tokenizer_config.json"))?
         }
         _ => ConfigFile::default(),
     };
-    let parsed = serde_json::from_slice(&bytes)
-        .map_err(|source| Error::Parse { path: file.clone(), source })?;
-    Builder { path: file, file: parsed, config }.build(&bytes)
+    let file = if is_sentencepiece(&path) {
+        let Converted { file, bos, eos } = sentencepiece::convert(&path, &bytes)?;
+        config.bos_token = config.bos_token.or(bos.map(TokenName::Plain));
+        config.eos_token = config.eos_token.or(eos.map(TokenName::Plain));
+        file
+    } else {
+        serde_json::from_slice(&bytes)
+            .map_err(|source| Error::Parse { path: path.clone(), source })?
+    };
+    Builder { path, file, config }.build(&bytes)
+}
+
+/// Of a folder that has both, `tokenizer.json`: it may hold words that were added later.
+pub(crate) fn file(path: &Path) -> PathBuf {
+    if !path.is_dir() {
+        return path.to_owned();
+    }
+    let [json, model] = [JSON, MODEL].map(|name| path.join(name));
+    if !json.exists() && model.exists() { model } else { json }
+}
+
+/// `llama.model`, `tokenizer.model.v1`.
+fn is_sentencepiece(path: &Path) -> bool {
+    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    name.split('.').skip(1).any(|part| part == "model") && !name.ends_with(".json")
 }
 
 fn read_config(path: &Path) -> Result<ConfigFile> {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The file, or the folder that should hold `tokenizer.json`, cannot be read.
+    /// The file, or the folder that should hold `tokenizer.json` or `tokenizer.model`, cannot be read.
     #[error("cannot read tokenizer {path}: {source}")]
     Open {
         /// The file that was tried.
@@ -12,11 +12,13 @@ pub enum Error {
         /// The system's reason.
         source: std::io::Error,
     },
-    /// A sentencepiece `.model` was given where `tokenizer.json` is read.
-    #[error("{path} is a sentencepiece model; give the tokenizer.json that belongs to it")]
-    SentencePieceModel {
-        /// The file that was given.
+    /// The file is damaged, or no sentencepiece model at all.
+    #[error("{path} is no sentencepiece model, or damaged: {source}")]
+    SentencePiece {
+        /// The file that was read.
         path: PathBuf,
+        /// The decoder's reason.
+        source: prost::DecodeError,
     },
     /// The file is not JSON, or has a part that LLaMA's tokenizers do not have.
     #[error("{path} is not a tokenizer of the LLaMA family: {source}")]

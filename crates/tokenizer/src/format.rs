@@ -17,7 +17,7 @@ pub(crate) struct TokenizerFile {
     pub(crate) model: Model,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Default)]
 pub(crate) struct AddedToken {
     pub(crate) id: u32,
     pub(crate) content: String,

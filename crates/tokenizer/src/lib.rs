@@ -3,7 +3,8 @@
 //! # Brief overview
 //!
 //! [`Tokenizer`] reads Hugging Face's `tokenizer.json`, in the two forms that LLaMA models come
-//! with (sentencepiece's pieces with byte fallback, and byte-level pieces). Texts are encoded and
+//! with (sentencepiece's pieces with byte fallback, and byte-level pieces), and sentencepiece's own
+//! `tokenizer.model`. Texts are encoded and
 //! decoded by HF's `tokenizers`; this crate checks the file, and puts the parts together so that
 //! training and generation can rely on them:
 //!
@@ -26,6 +27,7 @@ mod build;
 mod count;
 mod error;
 mod format;
+mod sentencepiece;
 mod split;
 mod stream;
 mod tokenizer;

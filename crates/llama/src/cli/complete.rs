@@ -30,7 +30,7 @@ pub(super) struct CompleteArgs {
     /// Folder of the checkpoint: config.json, safetensors files, tokenizer.
     #[arg(long, value_name = "DIR", aliases = ["ckpt-dir", "model-name-or-path"])]
     checkpoint: Option<PathBuf>,
-    /// tokenizer.json, or the folder that holds it [default: the checkpoint's].
+    /// tokenizer.json, tokenizer.model, or the folder that holds it [default: the checkpoint's].
     #[arg(long, value_name = "PATH", aliases = ["tokenizer-path", "tokenizer-name"])]
     tokenizer: Option<PathBuf>,
     /// Text to continue.

@@ -128,7 +128,7 @@ fn scaling(scaling: RopeScaling) -> String {
 }
 
 fn tokenizer(checkpoint: &Checkpoint) -> anyhow::Result<String> {
-    if !checkpoint.dir().join("tokenizer.json").exists() {
+    if !Tokenizer::file(checkpoint.dir()).exists() {
         return Ok("none in this folder".into());
     }
     let tokenizer = Tokenizer::open(checkpoint.dir())?;

@@ -44,6 +44,17 @@ fn ranks_with_other_settings_are_told_both_values() {
     assert!(!end.said.contains("fault on purpose"), "a layer was computed:\n{}", end.said);
 }
 
+/// The model has 8 query heads.
+#[test]
+fn more_ranks_than_heads_are_refused_with_both_numbers() {
+    let mut command = job::mpirun();
+    command.args(["-n", "9"]).args(program());
+    let fault = [("DROMEDARY_FAULT", "rank=0,point=layer0")];
+    let end = job::start(command, &fault).finish();
+    end.assert_code(1).assert_said("tp = 9 is not in 1..=8").assert_nothing_left(9);
+    assert!(!end.said.contains("fault on purpose"), "a layer was computed:\n{}", end.said);
+}
+
 #[test]
 fn tasks_that_do_not_see_each_other_are_refused() {
     let words = program();

@@ -45,6 +45,13 @@ fn an_error_on_one_rank_ends_the_job() {
 }
 
 #[test]
+fn groups_that_do_not_divide_the_ranks_are_refused_with_both_numbers() {
+    let end = mpirun(4, "groups-of-3", &[]).finish();
+    end.assert_code(1).assert_said("tp = 3 does not divide the 4 ranks").assert_nothing_left(4);
+    mpirun(3, "groups-of-3", &[]).finish().assert_success();
+}
+
+#[test]
 fn an_error_that_drops_the_launch_ends_the_job() {
     let end = failing(2, "drop", &[]).end(SOON);
     end.assert_code(1).assert_said("rank 1: left before the end of the job");

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
-use dromedary_parallel::{Error, Launch, launch};
+use dromedary_parallel::{Error, Launch, ParallelDims, launch};
 use mpi::traits::{Communicator as _, CommunicatorCollectives as _};
 use rustix::process::{Signal, getpid, kill_process};
 
@@ -60,6 +60,9 @@ fn work(word: &str, launch: &Launch) -> Result<(), Error> {
     }
     if word.starts_with("queue") {
         return queue::work(word, world);
+    }
+    if word == "groups-of-3" {
+        return ParallelDims::new(world.world_size(), 3).map(drop);
     }
     if word == "late-end" {
         thread::sleep(Duration::from_secs(4) * world.rank() as u32);

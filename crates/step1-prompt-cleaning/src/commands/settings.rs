@@ -2,6 +2,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use dromedary_command::{Error, Result};
+use dromedary_tokenizer::Tokenizer;
 use serde::{Deserialize, Serialize};
 
 use crate::sources::refuse_hub_name;
@@ -66,8 +67,8 @@ impl TryFrom<SharedArgs> for SharedConfig {
 #[derive(Clone, Debug, Default, PartialEq, clap::Args, Serialize, Deserialize)]
 #[serde(default)]
 pub struct JudgeArgs {
-    /// tokenizer.json that measures lengths, or a folder with one [default: none, lengths are
-    /// estimated].
+    /// tokenizer.json or tokenizer.model that measures lengths, or a folder with one [default: none,
+    /// lengths are estimated].
     #[arg(long, value_name = "PATH", aliases = ["tokenizer-name", "tokenizer-path"])]
     pub tokenizer: Option<PathBuf>,
     /// Tokens of the longest prompt that is kept, BOS counted (for OpenOrca also the two line breaks
@@ -105,7 +106,7 @@ impl JudgeConfig {
         // Dromedary's rows cannot be promised where lengths are estimates.
         if shared.compat.is_some() && args.tokenizer.is_none() {
             return Err(Error::usage(
-                "--compat dromedary needs --tokenizer (the tokenizer.json of LLaMA): the \
+                "--compat dromedary needs --tokenizer (the tokenizer.json or tokenizer.model of LLaMA): the \
                  original's rows depend on exact lengths",
             ));
         }
@@ -127,12 +128,7 @@ impl JudgeConfig {
 
     /// The files that are read besides the rows.
     pub(crate) fn files(&self) -> Vec<PathBuf> {
-        // Of the folder of a tokenizer that file is read.
-        let file_of = |path: &PathBuf| match path.is_dir() {
-            true => path.join("tokenizer.json"),
-            false => path.clone(),
-        };
-        self.tokenizer.iter().map(file_of).chain(self.lists.clone()).collect()
+        self.tokenizer.iter().map(Tokenizer::file).chain(self.lists.clone()).collect()
     }
 
     /// What measures lengths.

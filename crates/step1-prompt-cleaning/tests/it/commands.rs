@@ -212,6 +212,29 @@ fn sharegpt_keeps_the_first_of_equal_prompts_over_all_files() {
     assert_eq!(instructions(&output), ["B", "a", " ", "A", "c"]);
 }
 
+/// The model is read where the other file is not there, and measures the same lengths.
+#[test]
+fn a_sentencepiece_model_measures_as_the_tokenizer_json_made_of_it() {
+    let folder = Folder::new();
+    let texts: Vec<String> = (1..40).map(|words| "Why, Tim? ".repeat(words)).collect();
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let input = folder.lines("o.jsonl", &questions("flan", &texts));
+    fs::create_dir(folder.path("model")).unwrap();
+    fs::copy(small_tokenizer().with_extension("model"), folder.path("model/tokenizer.model"))
+        .unwrap();
+    let sample = |tokenizer: PathBuf, output: &str| {
+        let output = folder.path(output);
+        let judge = JudgeArgs { tokenizer: Some(tokenizer), ..JudgeArgs::default() };
+        let args = SubsampleArgs { judge, ..sample_of(&input, &output) };
+        let config = SubsampleConfig::try_from(args).unwrap();
+        let report = subsample_openorca(&config, &quiet()).unwrap();
+        (instruction_set(&output), dropped(&report, "openorca/flan", "too_long"))
+    };
+    let (kept, too_long) = sample(small_tokenizer(), "json.json");
+    assert!(!kept.is_empty() && too_long > 0);
+    assert_eq!(sample(folder.path("model"), "model.json"), (kept, too_long));
+}
+
 fn merge(args: MergeArgs) -> Result<Report> {
     let judge = JudgeArgs { tokenizer: Some(small_tokenizer()), ..args.judge };
     let args = MergeArgs { judge, ..args };

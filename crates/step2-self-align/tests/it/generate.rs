@@ -223,6 +223,17 @@ fn an_empty_prompt_file_is_an_error() {
 }
 
 #[test]
+fn a_sentencepiece_model_gives_the_rows_of_the_tokenizer_json_made_of_it() {
+    let [json, model] = ["tokenizer.json", "tokenizer.model"].map(|name| {
+        let folder = folder_of(&STORIES);
+        let tokenizer = Some(stories260k().join(name));
+        run(GenerateArgs { tokenizer, ..args(folder.path()) }).unwrap();
+        rows(&folder.path().join("aligned.jsonl"))
+    });
+    assert!(json.len() == 6 && json == model);
+}
+
+#[test]
 fn a_tokenizer_of_another_model_is_refused() {
     let folder = folder_of(&STORIES[..1]);
     let text = fs::read_to_string(stories260k().join("tokenizer.json")).unwrap();

@@ -124,6 +124,17 @@ fn training_lowers_the_loss_and_leaves_an_adapter() {
 }
 
 #[test]
+fn a_sentencepiece_model_trains_as_the_tokenizer_json_made_of_it() {
+    let job = Job::new(4);
+    let [json, model] = ["tokenizer.json", "tokenizer.model"].map(|name| {
+        let tokenizer = stories260k().join(name).display().to_string();
+        succeeded(job.train(name, &["--max-steps", "1", "--tokenizer", &tokenizer]));
+        file(&job.path(name), "adapter/adapter_model.safetensors")
+    });
+    assert!(json == model);
+}
+
+#[test]
 fn a_resumed_run_computes_the_same_bits() {
     let job = Job::new(16);
     let flags = ["--max-steps", "8", "--save-steps", "3"];

@@ -41,7 +41,7 @@ pub(crate) fn of_changed(change: &str) -> Texts {
     goldens().changed.remove(change).unwrap()
 }
 
-fn hash(ids: &[u32]) -> u64 {
+pub(crate) fn hash(ids: &[u32]) -> u64 {
     let modulus = (1_u128 << 61) - 1;
     ids.iter().fold(0, |value, &id| (value * 31 + u128::from(id) + 1) % modulus) as u64
 }

@@ -8,7 +8,7 @@ use crate::machine::{Machine, errors};
 fn built() -> Machine {
     let machine = Machine::ready();
     machine.model();
-    for name in ["llama.json", "mistral.json", "smollm2.json"] {
+    for name in ["llama.json", "mistral.json", "mistral.model", "smollm2.json"] {
         machine.file(&format!("cache/tokenizers/{name}"));
     }
     for folder in ["configs", "dummy_data", "prompts", "examples/embed"] {
