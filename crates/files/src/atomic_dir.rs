@@ -40,6 +40,30 @@ pub struct AtomicDir {
     replace: bool,
 }
 
+/// An [`AtomicDir`] with its manifest: a rename away from its target. Dropped, it is removed.
+#[derive(Debug)]
+#[must_use = "dropped, the folder is removed"]
+pub struct SealedDir {
+    dir: AtomicDir,
+}
+
+impl SealedDir {
+    /// The second half of [`AtomicDir::commit`]: the folder appears under its name.
+    ///
+    /// # Errors
+    /// [`Error::Exists`] where another process was faster, [`Error::Write`]; the temporary folder
+    /// is removed and an older target stays as it was.
+    pub fn publish(self) -> Result<()> {
+        let Self { dir } = self;
+        if dir.replace {
+            dir.publish_over_old().map_err(Error::write(&dir.target))?;
+        } else {
+            dir.publish_new()?;
+        }
+        sync_dir(&dir.parent).map_err(Error::write(&dir.target))
+    }
+}
+
 impl AtomicDir {
     /// Begins a folder at `path`; missing folders above it are created.
     ///
@@ -94,18 +118,21 @@ impl AtomicDir {
     /// another process was faster, [`Error::Write`]; the temporary folder is removed and an older
     /// target stays as it was.
     pub fn commit(self, manifest: &Manifest) -> Result<()> {
+        self.seal(manifest)?.publish()
+    }
+
+    /// The first half of [`commit`](AtomicDir::commit): all is durable, and not yet at its target.
+    ///
+    /// # Errors
+    /// As [`commit`](AtomicDir::commit).
+    pub fn seal(self, manifest: &Manifest) -> Result<SealedDir> {
         manifest.verify_sizes(self.path())?;
         let mut bytes = serde_json::to_vec_pretty(manifest)
             .map_err(|source| Error::Encode { path: self.target.join(MANIFEST_NAME), source })?;
         bytes.push(b'\n');
         sync_tree(self.path()).map_err(Error::write(&self.target))?;
         write_atomic(self.path().join(MANIFEST_NAME), &bytes)?;
-        if self.replace {
-            self.publish_over_old().map_err(Error::write(&self.target))?;
-        } else {
-            self.publish_new()?;
-        }
-        sync_dir(&self.parent).map_err(Error::write(&self.target))
+        Ok(SealedDir { dir: self })
     }
 
     fn publish_new(&self) -> Result<()> {

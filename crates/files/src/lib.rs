@@ -42,7 +42,7 @@ mod manifest;
 #[cfg(doctest)]
 mod readme;
 
-pub use atomic_dir::AtomicDir;
+pub use atomic_dir::{AtomicDir, SealedDir};
 pub use atomic_file::{AtomicFile, write_atomic};
 pub use error::{Error, Result};
 pub use jsonl::{JsonLine, JsonlReader, MAX_LINE_BYTES, read_jsonl};

@@ -1,9 +1,9 @@
 //! Training checkpoints: a folder that exists under its name is complete.
 //!
 //! `checkpoint-<step>/` holds the adapter in PEFT's format (the values, in f32), `optimizer.safetensors`
-//! (both moments, one entry a matrix), `trainer_state.json` and, written last, a manifest with sizes
-//! and hashes. The order of the rows and the learning rate are functions of the step, so there is
-//! no other state.
+//! (both moments, one entry a matrix), `trainer_state.json` with the run's position in its data, its
+//! schedule and its random numbers, and, written last, a manifest with sizes and hashes. These three
+//! are functions of the position and of the settings, whose hash must be the same.
 
 use std::{
     fs,
@@ -12,16 +12,22 @@ use std::{
 
 use dromedary_files::{AtomicDir, Manifest};
 use dromedary_llama::Adapter;
+use dromedary_parallel::fault_point;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::{
     error::{Error, Result},
+    run::ADAPTER_DIR,
     trained::Trained,
+    trainer::Position,
 };
 
 const PREFIX: &str = "checkpoint-";
+const TRASH: &str = ".trash";
+/// Checkpoints that rotation leaves at least, damaged ones not counted: one may yet prove bad.
+const LEAST_GOOD: usize = 2;
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const STATE_FILE: &str = "trainer_state.json";
 /// PyTorch's names for the first and the second moment.
@@ -30,8 +36,10 @@ const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
 /// What a checkpoint says of the run besides tensors.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct TrainerState {
-    /// Optimizer steps done, skipped ones included.
-    pub step: u64,
+    /// Where the run stood.
+    pub position: Position,
+    /// Seed of the random numbers and of the order of the rows.
+    pub seed: u64,
     /// Updates done.
     pub updates: u64,
     /// Hash of everything that the following steps depend on.
@@ -43,23 +51,30 @@ pub(crate) struct TrainerState {
 /// # Errors
 /// If the disk is full or not writable; nothing is left under the checkpoint's name then.
 pub(crate) fn save(output_dir: &Path, trained: &Trained, state: &TrainerState) -> Result<PathBuf> {
-    let path = output_dir.join(format!("{PREFIX}{}", state.step));
+    let step = state.position.step;
+    let fault = |point: &str| fault_point(point, step as usize);
+    let path = output_dir.join(format!("{PREFIX}{step}"));
     let dir = AtomicDir::replace_existing(&path)?;
     trained.adapter().write_into(dir.path())?;
+    fault("after-shard")?;
     write_moments(&dir.path().join(OPTIMIZER_FILE), trained)?;
     let text = serde_json::to_vec_pretty(state)
         .map_err(|error| damaged(&path, format!("state: {error}")))?;
     dromedary_files::write_atomic(dir.path().join(STATE_FILE), &text)?;
+    fault("before-manifest")?;
     let manifest = Manifest::of_dir(dir.path())?;
-    dir.commit(&manifest)?;
+    let sealed = dir.seal(&manifest)?;
+    fault("before-rename")?;
+    sealed.publish()?;
+    fault("after-rename")?;
     Ok(path)
 }
 
-/// Reads a checkpoint into `trained` and returns the number of steps done.
+/// Reads a checkpoint into `trained` and returns where the run stood.
 ///
 /// # Errors
 /// If a file is missing, damaged or of another run; the file or the difference is named.
-pub(crate) fn load(path: &Path, trained: &mut Trained, config_hash: &str) -> Result<u64> {
+pub(crate) fn load(path: &Path, trained: &mut Trained, config_hash: &str) -> Result<Position> {
     verify(path)?;
     let state = read_state(path)?;
     if state.config_hash != config_hash {
@@ -88,7 +103,7 @@ pub(crate) fn load(path: &Path, trained: &mut Trained, config_hash: &str) -> Res
         })
         .collect::<Result<Vec<_>>>()?;
     trained.optimizer.restore(&states, state.updates)?;
-    Ok(state.step)
+    Ok(state.position)
 }
 
 /// The newest checkpoint of `output_dir` that is whole. Damaged ones are reported and passed over.
@@ -109,18 +124,59 @@ pub(crate) fn newest(output_dir: &Path) -> Result<Option<PathBuf>> {
     last_error.map_or(Ok(None), Err)
 }
 
-/// Removes the oldest checkpoints until `keep` are left.
+/// Removes the oldest checkpoints until `keep` are left. Where fewer than two of these are whole,
+/// whole ones among the older stay.
 ///
 /// # Errors
 /// If a folder cannot be removed.
 pub(crate) fn rotate(output_dir: &Path, keep: usize) -> Result<()> {
-    let paths = list(output_dir)?;
-    for path in &paths[..paths.len().saturating_sub(keep)] {
-        // Renamed first: a kill in the middle must not leave half a checkpoint under its name.
-        let trash = path.with_extension("trash");
-        let io = |source| Error::Io { path: path.clone(), source };
-        fs::rename(path, &trash).map_err(io)?;
-        fs::remove_dir_all(&trash).map_err(io)?;
+    let steps = steps(output_dir)?;
+    let (old, kept) = steps.split_at(steps.len().saturating_sub(keep));
+    if old.is_empty() {
+        return Ok(());
+    }
+    let is_good = |path: &Path| verify(path).map_err(|error| tracing::warn!("{error}")).is_ok();
+    let mut good = kept.iter().rev().filter(|(_, path)| is_good(path)).take(LEAST_GOOD).count();
+    for (step, path) in old.iter().rev() {
+        if good < LEAST_GOOD && is_good(path) {
+            good += 1;
+        } else {
+            discard(*step, path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Renamed first: a kill in the middle must not leave half a checkpoint under its name.
+fn discard(step: u64, path: &Path) -> Result<()> {
+    let trash = path.with_extension(&TRASH[1..]);
+    let io = |source| Error::Io { path: path.to_owned(), source };
+    fs::rename(path, &trash).map_err(io)?;
+    fault_point("in-rotation", step as usize)?;
+    fs::remove_dir_all(&trash).map_err(io)
+}
+
+/// Removes what killed runs left: checkpoints and adapters that were never complete, and complete
+/// ones that were on their way out. The caller holds the folder's lock.
+///
+/// # Errors
+/// If a folder cannot be removed.
+pub(crate) fn sweep(output_dir: &Path) -> Result<()> {
+    let io = |source| Error::Io { path: output_dir.to_owned(), source };
+    for entry in fs::read_dir(output_dir).map_err(io)? {
+        let entry = entry.map_err(io)?;
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
+        let torn = name.strip_prefix('.').is_some_and(|name| {
+            (name.starts_with(PREFIX) || name.starts_with(ADAPTER_DIR)) && name.ends_with(".tmp")
+        });
+        let rotated = name.starts_with(PREFIX) && name.ends_with(TRASH);
+        if torn {
+            tracing::warn!("{} was never complete: removed", entry.path().display());
+        }
+        if torn || rotated {
+            fs::remove_dir_all(entry.path()).map_err(io)?;
+        }
     }
     Ok(())
 }

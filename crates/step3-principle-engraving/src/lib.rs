@@ -55,4 +55,4 @@ pub use optimizer::{AdamWConfig, Entry, FlatAdamW};
 pub use run::{ADAPTER_DIR, Summary, train};
 pub use schedule::{Schedule, ScheduleType};
 pub use trained::Trained;
-pub use trainer::{StepLoss, StepMetrics, Trainer, TrainerParts};
+pub use trainer::{Position, StepLoss, StepMetrics, Trainer, TrainerParts};

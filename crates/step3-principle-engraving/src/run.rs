@@ -50,6 +50,7 @@ pub fn train(config: &TrainConfig, comm: &dyn Communicator, stop: &StopFlag) -> 
     fs::create_dir_all(&config.output_dir).map_err(io)?;
     let metrics = config.output_dir.join(METRICS_FILE);
     let _lock = Lock::acquire(&metrics, &LockOptions::from_env(config.break_lock))?;
+    checkpoint::sweep(&config.output_dir)?;
     let tokenizer = Tokenizer::open(&config.tokenizer)?;
     let examples = read_examples(config, &tokenizer)?;
     let base = Checkpoint::open(&config.checkpoint)?;
@@ -198,11 +199,12 @@ impl Loop<'_> {
             if step.step % self.config.logging_steps == 0 || step.step == total {
                 log(&step);
             }
-            let stopped = self.stop.is_set();
-            if step.step % self.config.save_steps == 0 || step.step == total || stopped {
-                let checkpoint = self.save(trainer)?;
+            let due = step.step % self.config.save_steps == 0 || step.step == total;
+            if due || self.stop.is_set() {
                 metrics.sync()?;
-                if stopped && step.step < total {
+                let checkpoint = self.save(trainer)?;
+                // A signal that came while the checkpoint was written needs no second one.
+                if self.stop.is_set() && step.step < total {
                     return Err(Error::Stopped { step: step.step, checkpoint });
                 }
             }
@@ -215,7 +217,8 @@ impl Loop<'_> {
     fn save(&self, trainer: &Trainer<'_>) -> Result<PathBuf> {
         let _saving = self.stop.critical();
         let state = TrainerState {
-            step: trainer.steps_done(),
+            position: trainer.position(),
+            seed: self.config.seed,
             updates: trainer.trained().optimizer.updates(),
             config_hash: self.config_hash.clone(),
         };

@@ -44,6 +44,24 @@ pub struct StepMetrics {
     pub seconds: f64,
     /// The update was left out since loss or gradients were not finite.
     pub skipped: bool,
+    /// The rows, in their order.
+    pub example_ids: Vec<u64>,
+}
+
+/// Where a run stands: by what the next step finds its rows, its learning rate and its random
+/// numbers. They go together, and a checkpoint holds each, as none may be lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    /// Optimizer steps done, skipped ones included.
+    pub step: u64,
+    /// Steps whose rows have been read, over all epochs.
+    pub data: u64,
+    /// Steps of the learning rate's schedule.
+    pub schedule: u64,
+    /// Steps whose random numbers have been drawn.
+    pub rng: u64,
+    /// Steps in a row up to now with a loss or gradient that is not finite.
+    pub not_finite: u32,
 }
 
 /// What forward and backward of one optimizer step say.
@@ -59,6 +77,15 @@ pub struct StepLoss {
     pub example_ids: Vec<u64>,
 }
 
+impl Position {
+    /// One step further.
+    fn advance(&mut self) {
+        for steps in [&mut self.step, &mut self.data, &mut self.schedule, &mut self.rng] {
+            *steps += 1;
+        }
+    }
+}
+
 /// A model under training, its rows and its schedule.
 pub struct Trainer<'a> {
     model: &'a Llama,
@@ -70,9 +97,7 @@ pub struct Trainer<'a> {
     schedule: Schedule,
     keep: Keep,
     comm: &'a dyn Communicator,
-    /// Optimizer steps done.
-    step: u64,
-    not_finite: u32,
+    position: Position,
 }
 
 /// The parts that a [`Trainer`] puts together.
@@ -101,8 +126,8 @@ impl<'a> Trainer<'a> {
             .flat_map(|layer| [Half::Attention, Half::Mlp].map(|half| (layer, half)))
             .map(|(layer, half)| trained.entries_of(layer, half))
             .collect();
-        let (step, not_finite) = (0, 0);
-        Self { model, trained, entries, examples, batches, schedule, keep, comm, step, not_finite }
+        let position = Position::default();
+        Self { model, trained, entries, examples, batches, schedule, keep, comm, position }
     }
 
     /// The adapters and the optimizer's state.
@@ -112,7 +137,12 @@ impl<'a> Trainer<'a> {
 
     /// Optimizer steps done.
     pub fn steps_done(&self) -> u64 {
-        self.step
+        self.position.step
+    }
+
+    /// Where the run stands.
+    pub fn position(&self) -> Position {
+        self.position
     }
 
     /// Optimizer steps of the whole run.
@@ -120,12 +150,12 @@ impl<'a> Trainer<'a> {
         self.schedule.total_steps
     }
 
-    /// Goes on from the state that `restore` puts back; it returns the number of steps done.
+    /// Goes on from the state that `restore` puts back; it returns where the run stood.
     ///
     /// # Errors
     /// Those of `restore`.
-    pub fn resume(&mut self, restore: impl FnOnce(&mut Trained) -> Result<u64>) -> Result<()> {
-        self.step = restore(&mut self.trained)?;
+    pub fn resume(&mut self, restore: impl FnOnce(&mut Trained) -> Result<Position>) -> Result<()> {
+        self.position = restore(&mut self.trained)?;
         Ok(())
     }
 
@@ -142,18 +172,18 @@ impl<'a> Trainer<'a> {
         let start = Instant::now();
         let StepLoss { loss, tokens, targets, example_ids } = self.forward_backward()?;
         let grad_norm = self.trained.optimizer.grad_norm();
-        let learning_rate = self.schedule.learning_rate_at(self.step);
+        let learning_rate = self.schedule.learning_rate_at(self.position.schedule);
         let skipped = !(loss.is_finite() && grad_norm.is_finite());
-        self.step += 1;
+        self.position.advance();
         if skipped {
-            self.skip_update(example_ids)?;
+            self.skip_update(&example_ids)?;
         } else {
-            self.not_finite = 0;
+            self.position.not_finite = 0;
             self.trained.optimizer.step(learning_rate, grad_norm)?;
         }
         Ok(StepMetrics {
-            step: self.step,
-            epoch: self.step as f64 / self.batches.steps_per_epoch() as f64,
+            step: self.position.step,
+            epoch: self.position.data as f64 / self.batches.steps_per_epoch() as f64,
             loss,
             learning_rate,
             grad_norm,
@@ -161,6 +191,7 @@ impl<'a> Trainer<'a> {
             targets,
             seconds: start.elapsed().as_secs_f64(),
             skipped,
+            example_ids,
         })
     }
 
@@ -185,24 +216,22 @@ impl<'a> Trainer<'a> {
     }
 
     fn micro_batches(&mut self) -> Vec<MicroBatch> {
-        let rows = self.batches.step(self.step);
+        let rows = self.batches.step(self.position.data);
         let micro_batch =
             |rows: &Vec<usize>| MicroBatch::new(rows.iter().map(|&row| &self.examples[row]));
         rows.iter().map(micro_batch).collect()
     }
 
-    fn skip_update(&mut self, example_ids: Vec<u64>) -> Result<()> {
+    fn skip_update(&mut self, example_ids: &[u64]) -> Result<()> {
         self.trained.optimizer.zero_grad();
-        self.not_finite += 1;
-        tracing::warn!(
-            step = self.step,
-            ?example_ids,
-            "loss or gradients not finite: step skipped"
-        );
-        if self.not_finite < MAX_NOT_FINITE {
+        let Position { step, not_finite, .. } = &mut self.position;
+        *not_finite += 1;
+        tracing::warn!(step = *step, ?example_ids, "loss or gradients not finite: step skipped");
+        if *not_finite < MAX_NOT_FINITE {
             return Ok(());
         }
-        Err(Error::NotFinite { count: self.not_finite, step: self.step, example_ids })
+        let (count, step, example_ids) = (*not_finite, *step, example_ids.to_vec());
+        Err(Error::NotFinite { count, step, example_ids })
     }
 
     /// Forward and backward of one micro-batch; adds `scale` times the gradients of its summed loss

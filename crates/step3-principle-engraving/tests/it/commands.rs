@@ -1,110 +1,15 @@
 use std::{
     fs,
-    path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
-    thread,
-    time::Duration,
+    path::Path,
+    process::{Command, Stdio},
 };
 
 use serde_json::{Value, json};
 
-use crate::support::stories260k;
-
-const BINARY: &str = env!("CARGO_BIN_EXE_step3-principle-engraving");
-
-struct Job {
-    dir: tempfile::TempDir,
-}
-
-impl Job {
-    fn new(num_rows: usize) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let rows: Vec<Value> = (1..=num_rows)
-            .map(|id| {
-                json!({
-                    "example_id": id,
-                    "instruction": format!("Tell a story about {id} cats."),
-                    "input": "",
-                    "output": format!("Once upon a time there were {id} cats. They were happy."),
-                })
-            })
-            .collect();
-        let job = Self { dir };
-        fs::write(job.path("sft.json"), serde_json::to_vec(&rows).unwrap()).unwrap();
-        fs::write(job.path("dromedary_a_prompt_distill.txt"), "# Dromedary\n\n### User\n").unwrap();
-        job
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn train(&self, output_dir: &str, flags: &[&str]) -> Output {
-        self.command(output_dir, flags).output().unwrap()
-    }
-
-    fn command(&self, output_dir: &str, flags: &[&str]) -> Command {
-        let mut command = Command::new(BINARY);
-        command
-            .args(["train", "--threads", "1", "--lora-r", "4", "--learning-rate", "1e-2"])
-            .args(["--gradient-accumulation-steps", "2"])
-            .arg("--model-name-or-path")
-            .arg(stories260k())
-            .arg("--dataset")
-            .arg(self.path("sft.json"))
-            .arg("--meta-prompt-pattern")
-            .arg(self.path("dromedary_*prompt_distill.txt"))
-            .arg("--output-dir")
-            .arg(self.path(output_dir))
-            .args(flags);
-        command
-    }
-
-    /// Sorted names of what is in the folder.
-    fn names(&self, output_dir: &str) -> Vec<String> {
-        let entries = fs::read_dir(self.path(output_dir)).unwrap();
-        let name = |entry: std::io::Result<fs::DirEntry>| entry.unwrap().file_name();
-        let mut names: Vec<_> = entries.map(|entry| name(entry).into_string().unwrap()).collect();
-        names.sort();
-        names
-    }
-
-    /// Waits until a run has made a few steps; two minutes at most.
-    fn wait_for_metrics(&self, output_dir: &str) {
-        let metrics = self.path(output_dir).join("metrics.jsonl");
-        for _ in 0..12_000 {
-            if fs::read(&metrics).is_ok_and(|text| text.len() > 500) {
-                return;
-            }
-            thread::sleep(Duration::from_millis(10));
-        }
-        panic!("no step in two minutes");
-    }
-
-    fn metrics(&self, output_dir: &str) -> Vec<Value> {
-        let text = fs::read_to_string(self.path(output_dir).join("metrics.jsonl")).unwrap();
-        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-    }
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-#[track_caller]
-fn succeeded(output: Output) {
-    assert!(output.status.success(), "{}", stderr(&output));
-}
-
-/// What a step computed, without how long it took.
-fn computed(step: &Value) -> (u64, f64, f64, f64) {
-    let number = |key: &str| step[key].as_f64().unwrap();
-    (step["step"].as_u64().unwrap(), number("loss"), number("grad_norm"), number("learning_rate"))
-}
-
-fn file(dir: &Path, name: &str) -> Vec<u8> {
-    fs::read(dir.join(name)).unwrap()
-}
+use crate::{
+    job::{BINARY, Job, computed, file, stderr, succeeded},
+    support::stories260k,
+};
 
 #[test]
 fn training_lowers_the_loss_and_leaves_an_adapter() {

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that meets an error is to fail")]
 
 mod commands; // the program as a user runs it, interruptions included
+mod faults; // runs that are killed, stopped, or find damaged checkpoints
 mod goldens; // PEFT's gradients and losses
 mod gradients; // half-blocks and head against one whole graph
+mod job; // a run as a user starts it
 mod support; // a small real model and rows to train on
