@@ -7,7 +7,14 @@ use tch::Tensor;
 
 pub use crate::attention::causal_attention;
 pub use crate::heads::{HeadRun, Heads};
-use crate::{Result, kernels::Kernels, linear::Linear, norm::RmsNorm, rotary::RotaryAt};
+use crate::{
+    Result,
+    kernels::Kernels,
+    linear::Linear,
+    model::{ReplaceWeight, replace_single},
+    norm::RmsNorm,
+    rotary::RotaryAt,
+};
 
 /// The weights of one layer, as this rank holds them.
 #[derive(Debug)]
@@ -32,6 +39,24 @@ pub struct Layer {
 }
 
 impl Layer {
+    /// See [`crate::Llama::replace_weights`].
+    pub(crate) fn replace_weights(
+        &mut self,
+        module: &str,
+        replace: ReplaceWeight<'_>,
+    ) -> Result<()> {
+        let norm = format!("{module}.input_layernorm.weight");
+        replace_single(norm, &mut self.input_layernorm.weight, replace)?;
+        let attention = format!("{module}.self_attn.");
+        self.qkv_proj.replace_weight(&attention, replace)?;
+        self.o_proj.replace_weight(&attention, replace)?;
+        let norm = format!("{module}.post_attention_layernorm.weight");
+        replace_single(norm, &mut self.post_attention_layernorm.weight, replace)?;
+        let mlp = format!("{module}.mlp.");
+        self.gate_up_proj.replace_weight(&mlp, replace)?;
+        self.down_proj.replace_weight(&mlp, replace)
+    }
+
     fn kernels(&self, x: &Tensor) -> Option<Kernels> {
         self.kernels.filter(|_| !x.requires_grad())
     }

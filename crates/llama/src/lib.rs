@@ -28,7 +28,9 @@ pub mod block;
 mod checkpoint;
 #[cfg(feature = "cli")]
 pub mod cli;
+mod closed_form;
 mod config;
+mod dropout;
 mod error;
 mod footprint;
 pub mod generation;
@@ -51,14 +53,16 @@ pub use adapter::{Adapter, AdapterFile, LoraConfig, LoraPair};
 pub use checkpoint::{
     Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_SIZE, Dtype, ReadCounters, TensorSpec,
 };
+pub use closed_form::{AttentionState, ClosedForm, HalfGradients, LayerPass, MlpState};
 pub use config::{LlamaConfig, RopeScaling, check_tokenizer, eos_token_ids};
+pub use dropout::{DropoutDraw, LoraDropout};
 pub use error::{Error, Result, TensorProblems};
 pub use footprint::{Footprint, Slowest};
 pub use gradients::{global_norm, sum_gradients};
 pub use kind::select_kind;
 pub use linear::{Linear, Lora, PackedWeight, Parallel, Part, Weight};
 pub use merge::{MergeOptions, MergeReport, merge};
-pub use model::{AttendInLayer, Llama, LoadOptions};
+pub use model::{AttendInLayer, Llama, LoadOptions, ReplaceWeight};
 pub use norm::RmsNorm;
 pub use plan::{HeadGroup, Plan, RankPlan, Shard, Slice, TrainedPart, TrainedTensor};
 pub use rotary::{Rotary, RotaryAt};

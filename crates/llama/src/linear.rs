@@ -7,7 +7,7 @@ use std::ops::Range;
 use tch::Tensor;
 
 pub use crate::kernels::PackedWeight;
-use crate::{Result, kernels::Kernels};
+use crate::{LoraDropout, Result, kernels::Kernels, model::ReplaceWeight};
 
 /// How the frozen weight of a [`Linear`] is stored.
 #[derive(Debug)]
@@ -46,12 +46,20 @@ pub struct Lora {
     pub b: Tensor,
     /// `lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA.
     pub scaling: f64,
+    /// Dropout on the input, in training.
+    pub dropout: Option<LoraDropout>,
 }
 
 impl Lora {
-    /// `scaling * (x a^T) b^T`, computed in the kind of the adapter.
+    /// `scaling * (dropout(x) a^T) b^T`, computed in the kind of the adapter.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let low = x.to_kind(self.a.kind()).f_matmul(&self.a.tr())?; // (T, r)
+        let mut dropped = x.to_kind(self.a.kind()); // (T, I)
+        if let Some(factors) =
+            self.dropout.as_ref().and_then(|dropout| dropout.factors(&dropped).transpose())
+        {
+            dropped = dropped.f_mul(&factors?)?;
+        }
+        let low = dropped.f_matmul(&self.a.tr())?; // (T, r)
         // The scaling goes to the small factor.
         Ok((low * self.scaling).f_matmul(&self.b.tr())?.to_kind(x.kind())) // (T, O of the part)
     }
@@ -139,6 +147,25 @@ impl Linear {
         Ok(Self { weight, ..self })
     }
 
+    /// See [`crate::Llama::replace_weights`]; the parts' names begin with `module`.
+    pub(crate) fn replace_weight(
+        &mut self,
+        module: &str,
+        replace: ReplaceWeight<'_>,
+    ) -> Result<()> {
+        let parts: Vec<_> = self
+            .parts
+            .iter()
+            .map(|part| (format!("{module}{}.weight", part.name), part.rows.end - part.rows.start))
+            .collect();
+        let weight = match &self.weight {
+            Weight::Dense(weight) => replace(&parts, weight)?,
+            Weight::Packed(weight) => replace(&parts, &weight.unpack()?)?,
+        };
+        self.weight = Weight::Dense(weight);
+        Ok(())
+    }
+
     /// This rank's result: a slice of the features ([`Parallel::Column`]) or a partial sum of all
     /// ([`Parallel::Row`]), base and adapters alike.
     ///
@@ -180,7 +207,7 @@ mod tests {
     }
 
     fn lora(out: i64, scaling: f64) -> Lora {
-        Lora { a: Tensor::randn([4, 16], F), b: Tensor::randn([out, 4], F), scaling }
+        Lora { a: Tensor::randn([4, 16], F), b: Tensor::randn([out, 4], F), scaling, dropout: None }
     }
 
     #[test]
@@ -216,6 +243,7 @@ mod tests {
                 a: adapter.a.narrow(1, start, length),
                 b: adapter.b.shallow_clone(),
                 scaling: adapter.scaling,
+                dropout: None,
             });
             sum += linear.forward(&x.narrow(1, start, length)).unwrap();
         }

@@ -15,7 +15,7 @@ use crate::{
     checkpoint::{EMBEDDING, HEAD},
     heads::Heads,
     kernels::Kernels,
-    linear::{Linear, Parallel, Part},
+    linear::{Linear, Parallel, Part, Weight},
     norm::RmsNorm,
     rotary::{Rotary, RotaryAt},
 };
@@ -81,6 +81,9 @@ pub struct Llama {
 /// What attends in each layer of a forward pass: the layer's number, then the arguments of
 /// [`block::Attend`].
 pub type AttendInLayer<'a> = &'a mut dyn FnMut(usize, &Tensor, &Tensor, &Tensor) -> Result<Tensor>;
+
+/// Gives the successor of a weight; see [`Llama::replace_weights`].
+pub type ReplaceWeight<'a> = &'a mut dyn FnMut(&[(String, i64)], &Tensor) -> Result<Tensor>;
 
 impl Llama {
     /// Reads this rank's slices of a checkpoint.
@@ -231,6 +234,28 @@ impl Llama {
         })
     }
 
+    /// Puts other tensors in the place of all weights: `replace` gets each with the stored tensors that
+    /// it is made of, by name and rows, one behind the other, and gives its successor of the same shape.
+    /// The order is that of the forward pass; a tied head follows the embedding.
+    ///
+    /// # Errors
+    /// Those of `replace`, no memory.
+    pub fn replace_weights(&mut self, replace: ReplaceWeight<'_>) -> Result<()> {
+        replace_single(EMBEDDING.to_owned(), &mut self.embed_tokens, replace)?;
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            let module = format!("model.layers.{index}");
+            layer.replace_weights(&module, replace)?;
+        }
+        replace_single("model.norm.weight".to_owned(), &mut self.norm.weight, replace)?;
+        if self.config.tie_word_embeddings {
+            let rows = &self.plan.rank(self.options.tp_rank).vocab;
+            let head = self.embed_tokens.f_narrow(0, rows.start, width(rows))?;
+            self.lm_head.weight = Weight::Dense(head);
+            return Ok(());
+        }
+        self.lm_head.replace_weight("", replace)
+    }
+
     /// The embeddings of tokens.
     ///
     /// # Shapes
@@ -359,6 +384,17 @@ impl Llama {
         let (expected, got) = (self.options.tp, comm.world_size());
         if expected == got { Ok(()) } else { Err(Error::GroupSize { expected, got }) }
     }
+}
+
+/// A tensor that is stored as it is.
+pub(crate) fn replace_single(
+    name: String,
+    tensor: &mut Tensor,
+    replace: ReplaceWeight<'_>,
+) -> Result<()> {
+    let rows = tensor.size()[0];
+    *tensor = replace(&[(name, rows)], tensor)?;
+    Ok(())
 }
 
 fn width(range: &Range<i64>) -> i64 {

@@ -1,7 +1,7 @@
 //! Training checkpoints: a folder that exists under its name is complete.
 //!
 //! `checkpoint-<step>/` holds the adapter in PEFT's format (the values, in f32), `optimizer.safetensors`
-//! (both moments, one entry a matrix), `trainer_state.json` with the run's position in its data, its
+//! (both moments, one entry a matrix; where weights are trained their values too, in f32), `trainer_state.json` with the run's position in its data, its
 //! schedule and its random numbers, and, written last, a manifest with sizes and hashes. These three
 //! are functions of the position and of the settings, whose hash must be the same.
 
@@ -55,9 +55,11 @@ pub(crate) fn save(output_dir: &Path, trained: &Trained, state: &TrainerState) -
     let fault = |point: &str| fault_point(point, step as usize);
     let path = output_dir.join(format!("{PREFIX}{step}"));
     let dir = AtomicDir::replace_existing(&path)?;
-    trained.adapter().write_into(dir.path())?;
+    if let Some(adapter) = trained.adapter() {
+        adapter.write_into(dir.path())?;
+    }
     fault("after-shard")?;
-    write_moments(&dir.path().join(OPTIMIZER_FILE), trained)?;
+    write_states(&dir.path().join(OPTIMIZER_FILE), trained)?;
     let text = serde_json::to_vec_pretty(state)
         .map_err(|error| damaged(&path, format!("state: {error}")))?;
     dromedary_files::write_atomic(dir.path().join(STATE_FILE), &text)?;
@@ -87,7 +89,7 @@ pub(crate) fn load(path: &Path, trained: &mut Trained, config_hash: &str) -> Res
             ),
         ));
     }
-    let adapter = Adapter::open(path)?;
+    let adapter = trained.adapter().map(|_| Adapter::open(path)).transpose()?;
     let bytes = read(&path.join(OPTIMIZER_FILE))?;
     let file = SafeTensors::deserialize(&bytes)
         .map_err(|error| damaged(path, format!("{OPTIMIZER_FILE}: {error}")))?;
@@ -96,13 +98,16 @@ pub(crate) fn load(path: &Path, trained: &mut Trained, config_hash: &str) -> Res
         .entries()
         .iter()
         .map(|entry| {
-            let value = value_of(&adapter, &entry.name)
-                .ok_or_else(|| damaged(path, format!("the adapter lacks {}", entry.name)))?;
+            let value = match &adapter {
+                Some(adapter) => value_of(adapter, &entry.name)
+                    .ok_or_else(|| damaged(path, format!("the adapter lacks {}", entry.name)))?,
+                None => read_tensor(&file, &entry.name, path)?,
+            };
             let moment = |kind: &str| read_tensor(&file, &format!("{}.{kind}", entry.name), path);
             Ok([value, moment(MOMENTS[0])?, moment(MOMENTS[1])?])
         })
         .collect::<Result<Vec<_>>>()?;
-    trained.optimizer.restore(&states, state.updates)?;
+    trained.restore(&states, state.updates)?;
     Ok(state.position)
 }
 
@@ -248,13 +253,16 @@ fn value_of(adapter: &Adapter, entry: &str) -> Option<Tensor> {
     Some(value.shallow_clone())
 }
 
-fn write_moments(path: &Path, trained: &Trained) -> Result<()> {
+fn write_states(path: &Path, trained: &Trained) -> Result<()> {
     let mut buffers = Vec::new();
     for (index, entry) in trained.optimizer.entries().iter().enumerate() {
-        let [_, m, v] = trained.optimizer.state(index);
+        let shape: Vec<usize> = entry.shape.iter().map(|&size| size as usize).collect();
+        let [value, m, v] = trained.optimizer.state(index);
+        if trained.trains_weights() {
+            buffers.push((entry.name.clone(), shape.clone(), bytes_of(&value)?));
+        }
         for (kind, moment) in MOMENTS.iter().zip([m, v]) {
-            let shape: Vec<usize> = entry.shape.iter().map(|&size| size as usize).collect();
-            buffers.push((format!("{}.{kind}", entry.name), shape, bytes_of(&moment)?));
+            buffers.push((format!("{}.{kind}", entry.name), shape.clone(), bytes_of(&moment)?));
         }
     }
     let views = buffers

@@ -50,7 +50,7 @@ pub use config::{Resume, TrainConfig};
 pub use dataset::{MetaPrompts, SourceTarget, read_rows, source_target};
 pub use error::{Error, Result};
 pub use half_block::{Half, HalfBlock, Keep, Saved};
-pub use loss::{HeadLoss, head_loss};
+pub use loss::{Head, HeadLoss, head_loss};
 pub use optimizer::{AdamWConfig, Entry, FlatAdamW};
 pub use run::{ADAPTER_DIR, Summary, train};
 pub use schedule::{Schedule, ScheduleType};

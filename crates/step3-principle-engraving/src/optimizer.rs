@@ -110,6 +110,29 @@ impl FlatAdamW {
         self.entries[index].view(&self.parameters).detach().set_requires_grad(true)
     }
 
+    /// The values of matrices that lie one behind the other, in the shape of their rows together;
+    /// [`Self::step`] changes them.
+    pub fn joined(&self, entries: Range<usize>, shape: &[i64]) -> Tensor {
+        self.numbers(&self.parameters, &entries).view(shape)
+    }
+
+    /// Adds to the gradients of matrices that lie one behind the other.
+    pub fn accumulate_joined(&self, entries: Range<usize>, gradient: &Tensor) {
+        let mut sum = self.joined_gradient(entries, &gradient.size());
+        let _ = no_grad(|| sum.g_add_(gradient));
+    }
+
+    /// The gradients of matrices that lie one behind the other, in the shape of their rows together.
+    pub fn joined_gradient(&self, entries: Range<usize>, shape: &[i64]) -> Tensor {
+        self.numbers(&self.gradients, &entries).view(shape)
+    }
+
+    fn numbers(&self, flat: &Tensor, entries: &Range<usize>) -> Tensor {
+        let (start, end) =
+            (self.entries[entries.start].range.start, self.entries[entries.end - 1].range.end);
+        flat.narrow(0, start, end - start)
+    }
+
     /// Adds to the gradient of matrix `index`.
     pub fn accumulate(&self, index: usize, gradient: &Tensor) {
         no_grad(|| {

@@ -168,7 +168,9 @@ fn resume_from(config: &TrainConfig) -> Result<Option<PathBuf>> {
 fn publish_adapter(config: &TrainConfig, trained: &Trained) -> Result<PathBuf> {
     let path = config.output_dir.join(ADAPTER_DIR);
     let dir = AtomicDir::replace_existing(&path)?;
-    trained.adapter().write_into(dir.path())?;
+    if let Some(adapter) = trained.adapter() {
+        adapter.write_into(dir.path())?;
+    }
     let manifest = Manifest::of_dir(dir.path())?;
     dir.commit(&manifest)?;
     Ok(path)

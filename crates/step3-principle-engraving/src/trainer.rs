@@ -4,17 +4,17 @@
 
 use std::time::Instant;
 
-use dromedary_llama::Llama;
+use dromedary_llama::{ClosedForm, Llama};
 use dromedary_parallel::Communicator;
 use serde::{Deserialize, Serialize};
-use tch::no_grad;
+use tch::{Tensor, no_grad};
 
 use crate::{
     batches::Batches,
     collate::{Example, MicroBatch},
     error::{Error, Result},
     half_block::{Half, HalfBlock, Keep},
-    loss::head_loss,
+    loss::{Head, head_loss},
     schedule::Schedule,
     trained::Trained,
 };
@@ -22,6 +22,9 @@ use crate::{
 /// Steps with a loss or gradient that is not finite, one behind the other, after which a run ends:
 /// such a run does not recover by itself.
 const MAX_NOT_FINITE: u32 = 5;
+
+/// Bits of a dropout mask's number that tell the micro-batches of a step apart.
+const MICRO_BATCH_BITS: u32 = 24;
 
 /// What one optimizer step did; a line of `metrics.jsonl`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -90,12 +93,13 @@ impl Position {
 pub struct Trainer<'a> {
     model: &'a Llama,
     trained: Trained,
-    /// Entries of each half-block, in the order of forward.
-    entries: Vec<Vec<usize>>,
+    /// Leaves of each half-block, in the order of forward.
+    leaves: Vec<Vec<usize>>,
     examples: &'a [Example],
     batches: Batches,
     schedule: Schedule,
     keep: Keep,
+    closed_form: Option<ClosedForm>,
     comm: &'a dyn Communicator,
     position: Position,
 }
@@ -122,12 +126,22 @@ impl<'a> Trainer<'a> {
     /// A trainer before its first step.
     pub fn new(parts: TrainerParts<'a>) -> Self {
         let TrainerParts { model, trained, examples, batches, schedule, keep, comm } = parts;
-        let entries = (0..model.layers().len())
+        let leaves = (0..model.layers().len())
             .flat_map(|layer| [Half::Attention, Half::Mlp].map(|half| (layer, half)))
-            .map(|(layer, half)| trained.entries_of(layer, half))
+            .map(|(layer, half)| trained.leaves_of(layer, half))
             .collect();
-        let position = Position::default();
-        Self { model, trained, entries, examples, batches, schedule, keep, comm, position }
+        Self {
+            model,
+            closed_form: ClosedForm::of(model, trained.trains_weights()),
+            trained,
+            leaves,
+            examples,
+            batches,
+            schedule,
+            keep,
+            comm,
+            position: Position::default(),
+        }
     }
 
     /// The adapters and the optimizer's state.
@@ -179,7 +193,7 @@ impl<'a> Trainer<'a> {
             self.skip_update(&example_ids)?;
         } else {
             self.position.not_finite = 0;
-            self.trained.optimizer.step(learning_rate, grad_norm)?;
+            self.trained.step(learning_rate, grad_norm)?;
         }
         Ok(StepMetrics {
             step: self.position.step,
@@ -204,8 +218,12 @@ impl<'a> Trainer<'a> {
         let targets: usize = batches.iter().map(MicroBatch::num_targets).sum();
         let scale = 1.0 / targets.max(1) as f64;
         let mut loss = 0.0;
-        for batch in &batches {
-            loss += scale * self.accumulate(batch, scale)?;
+        for (index, batch) in batches.iter().enumerate() {
+            // Every micro-batch of the run has masks of its own.
+            self.trained.set_draw(Some(self.position.rng << MICRO_BATCH_BITS | index as u64));
+            let summed = self.accumulate(batch, scale);
+            self.trained.set_draw(None);
+            loss += scale * summed?;
         }
         Ok(StepLoss {
             loss,
@@ -238,11 +256,12 @@ impl<'a> Trainer<'a> {
     /// to the optimizer's, and returns the summed loss.
     fn accumulate(&mut self, batch: &MicroBatch, scale: f64) -> Result<f64> {
         let rotary_at = self.model.rotary_at(&batch.positions())?;
-        let mut half_blocks = Vec::with_capacity(self.entries.len());
+        let mut half_blocks = Vec::with_capacity(self.leaves.len());
         for layer in self.model.layers() {
             for half in [Half::Attention, Half::Mlp] {
                 let (rotary_at, lengths) = (&rotary_at, &batch.lengths[..]);
-                half_blocks.push(HalfBlock { layer, half, rotary_at, lengths });
+                let closed_form = self.closed_form.as_ref();
+                half_blocks.push(HalfBlock { layer, half, rotary_at, lengths, closed_form });
             }
         }
 
@@ -253,21 +272,36 @@ impl<'a> Trainer<'a> {
             hidden = output;
             saved.push(left);
         }
-        let head = head_loss(self.model, &hidden, batch, scale, self.comm)?;
+        let leaves = self.trained.head_leaves();
+        let head = Head {
+            model: self.model,
+            closed_form: self.closed_form.as_ref(),
+            leaves: leaves.map(|leaves| leaves.map(|leaf| self.trained.leaf(leaf))),
+        };
+        let head = head_loss(head, &hidden, batch, scale, self.comm)?;
         drop(hidden);
+        for (leaf, gradient) in leaves.iter().flatten().zip(head.grad_weights.iter().flatten()) {
+            self.trained.accumulate(*leaf, gradient);
+        }
+        drop(head.grad_weights);
 
         let mut gradient = head.grad_hidden; // (T, C)
-        for ((half_block, entries), saved) in half_blocks.iter().zip(&self.entries).zip(saved).rev()
-        {
-            let leaves: Vec<_> = entries.iter().map(|&entry| self.trained.leaf(entry)).collect();
+        for ((half_block, leaves), saved) in half_blocks.iter().zip(&self.leaves).zip(saved).rev() {
+            let tensors: Vec<_> = leaves.iter().map(|&leaf| self.trained.leaf(leaf)).collect();
             let (grad_input, gradients) =
-                half_block.backward(saved, &gradient, &leaves, self.comm)?;
+                half_block.backward(saved, &gradient, &tensors, self.comm)?;
             gradient = grad_input;
-            for (&entry, gradient) in entries.iter().zip(gradients) {
+            for (&leaf, gradient) in leaves.iter().zip(gradients) {
                 if let Some(gradient) = gradient {
-                    self.trained.optimizer.accumulate(entry, &gradient);
+                    self.trained.accumulate(leaf, &gradient);
                 }
             }
+        }
+        if let Some(leaf) = self.trained.embedding_leaf() {
+            let ids: Vec<i64> = batch.input_ids.iter().map(|&id| i64::from(id)).collect();
+            let ids = Tensor::from_slice(&ids).to_device(gradient.device()); // (T)
+            let mut sum = self.trained.gradient(leaf); // (V, C)
+            let _ = no_grad(|| sum.index_add_(0, &ids, &gradient));
         }
         Ok(head.loss_sum)
     }

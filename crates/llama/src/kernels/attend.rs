@@ -187,6 +187,7 @@ impl<'a> AttendKeys<'a, '_> {
             Product {
                 a: queries,
                 a_row: depth,
+                a_step: 1,
                 b: Units { values, row: UNIT, unit: panel },
                 depth,
                 accumulate: false,
@@ -216,6 +217,7 @@ impl<'a> AttendKeys<'a, '_> {
             Product {
                 a: &self.scores.0[..],
                 a_row: BLOCK,
+                a_step: 1,
                 b: Units {
                     values: &self.head.values[keys.start * value_len + unit * UNIT..],
                     row: value_len,

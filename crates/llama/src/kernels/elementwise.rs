@@ -3,6 +3,7 @@
 // Shapes: T = tokens, C = features, N = heads, D = head_dim, F = columns of gate and of up.
 
 use super::simd::{Kernel, Simd, UNIT};
+use crate::dropout::Mask;
 
 /// `y = weight * x / sqrt(mean(x^2) + eps)` for rows of `x`.
 pub(crate) struct Norm<'a> {
@@ -36,12 +37,56 @@ impl Kernel for Norm<'_> {
     }
 }
 
-/// Turns feature `i` of each head with feature `i + D/2`.
+/// The gradient of a norm's input from that of its output.
+pub(crate) struct NormBackward<'a> {
+    pub(crate) x: &'a [f32],      // (T, C)
+    pub(crate) weight: &'a [f32], // (C)
+    pub(crate) eps: f32,
+    /// Of the output; the input's afterwards.
+    pub(crate) grad: &'a mut [f32], // (T, C)
+}
+
+impl Kernel for NormBackward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let width = self.weight.len();
+        for (x, grad) in self.x.chunks_exact(width).zip(self.grad.chunks_exact_mut(width)) {
+            let [squares, products] = sums(simd, x, self.weight, grad);
+            let scale = 1.0 / (squares / width as f32 + self.eps).sqrt();
+            let along = products * scale * scale / width as f32;
+            for ((grad, &x), &weight) in grad.iter_mut().zip(x).zip(self.weight) {
+                *grad = scale * (weight * *grad - along * x);
+            }
+        }
+    }
+}
+
+/// The sums of `x^2` and of `x * weight * grad`.
+#[inline(always)]
+fn sums<S: Simd>(simd: S, x: &[f32], weight: &[f32], grad: &[f32]) -> [f32; 2] {
+    let (xs, x_rest) = x.as_chunks::<UNIT>();
+    let (weights, weight_rest) = weight.as_chunks::<UNIT>();
+    let (grads, grad_rest) = grad.as_chunks::<UNIT>();
+    let [x, weight, grad] = [x_rest, weight_rest, grad_rest].map(|rest| simd.load_part(rest, 0.0));
+    let mut squares = simd.mul(x, x);
+    let mut products = simd.mul(simd.mul(weight, grad), x);
+    for ((x, weight), grad) in xs.iter().zip(weights).zip(grads) {
+        let x = simd.load(x);
+        squares = simd.mul_add(x, x, squares);
+        products = simd.mul_add(simd.mul(simd.load(weight), simd.load(grad)), x, products);
+    }
+    [simd.sum(squares), simd.sum(products)]
+}
+
+/// Turns feature `i` of each head with feature `i + D/2`, in place.
 pub(crate) struct Rotate<'a> {
-    pub(crate) x: &'a [f32],       // (N, D) of one token
-    pub(crate) cos: &'a [f32],     // (D/2)
-    pub(crate) sin: &'a [f32],     // (D/2)
-    pub(crate) out: &'a mut [f32], // (N, D)
+    pub(crate) cos: &'a [f32],       // (D/2)
+    pub(crate) sin: &'a [f32],       // (D/2)
+    pub(crate) heads: &'a mut [f32], // (N, D) of one token
+    /// Turn back, which is the gradient's way through a rotation.
+    pub(crate) back: bool,
 }
 
 impl Kernel for Rotate<'_> {
@@ -50,17 +95,13 @@ impl Kernel for Rotate<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
         let half = self.cos.len();
-        for (x, out) in self.x.chunks_exact(2 * half).zip(self.out.chunks_exact_mut(2 * half)) {
-            let (first, second) = x.split_at(half);
-            let (out_first, out_second) = out.split_at_mut(half);
+        let sign = if self.back { -1.0 } else { 1.0 };
+        for head in self.heads.chunks_exact_mut(2 * half) {
+            let (first, second) = head.split_at_mut(half);
             let turns = self.cos.iter().zip(self.sin);
-            let pairs = first.iter().zip(second);
-            let out = out_first.iter_mut().zip(out_second);
-            for (((out_first, out_second), (&first, &second)), (&cos, &sin)) in
-                out.zip(pairs).zip(turns)
-            {
-                *out_first = first * cos - second * sin;
-                *out_second = second * cos + first * sin;
+            for ((first, second), (&cos, &sin)) in first.iter_mut().zip(second).zip(turns) {
+                let sin = sign * sin;
+                (*first, *second) = (*first * cos - *second * sin, *second * cos + *first * sin);
             }
         }
     }
@@ -98,4 +139,63 @@ impl Kernel for SiluMul<'_> {
 fn silu_mul<S: Simd>(simd: S, gate: S::Unit, up: S::Unit) -> S::Unit {
     let inverse = simd.exp(simd.sub(simd.splat(0.0), gate));
     simd.mul(simd.div(gate, simd.add(simd.splat(1.0), inverse)), up)
+}
+
+/// The gradients of gate and up from that of `silu(gate) * up`.
+pub(crate) struct SiluMulBackward<'a> {
+    pub(crate) grad: &'a [f32], // (T, F)
+    /// Gate and up; their gradients afterwards.
+    pub(crate) gate_up: &'a mut [f32], // (T, 2 F)
+    pub(crate) width: usize,    // F
+}
+
+impl Kernel for SiluMulBackward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let rows = self.gate_up.chunks_exact_mut(2 * self.width);
+        for (row, grad) in rows.zip(self.grad.chunks_exact(self.width)) {
+            let (gate, up) = row.split_at_mut(self.width);
+            let (gates, gate_rest) = gate.as_chunks_mut::<UNIT>();
+            let (ups, up_rest) = up.as_chunks_mut::<UNIT>();
+            let (grads, grad_rest) = grad.as_chunks::<UNIT>();
+            for ((gate, up), grad) in gates.iter_mut().zip(ups).zip(grads) {
+                let values = [simd.load(gate), simd.load(up), simd.load(grad)];
+                let [grad_gate, grad_up] = silu_mul_backward(simd, values);
+                simd.store(gate, grad_gate);
+                simd.store(up, grad_up);
+            }
+            let values = [&*gate_rest, &*up_rest, grad_rest].map(|rest| simd.load_part(rest, 0.0));
+            let [grad_gate, grad_up] = silu_mul_backward(simd, values).map(|unit| simd.lanes(unit));
+            gate_rest.copy_from_slice(&grad_gate[..gate_rest.len()]);
+            up_rest.copy_from_slice(&grad_up[..up_rest.len()]);
+        }
+    }
+}
+
+/// With `s = 1 / (1 + e^-gate)`: `grad up s (1 + gate (1 - s))` and `grad gate s`.
+#[inline(always)]
+fn silu_mul_backward<S: Simd>(simd: S, [gate, up, grad]: [S::Unit; 3]) -> [S::Unit; 2] {
+    let one = simd.splat(1.0);
+    let inverse = simd.exp(simd.sub(simd.splat(0.0), gate));
+    let s = simd.div(one, simd.add(one, inverse));
+    let slope = simd.mul(s, simd.mul_add(gate, simd.sub(one, s), one));
+    [simd.mul(simd.mul(grad, up), slope), simd.mul(grad, simd.mul(gate, s))]
+}
+
+/// A row times the mask of its token.
+pub(crate) struct ApplyMask<'a> {
+    pub(crate) mask: Mask,
+    pub(crate) token: usize,
+    pub(crate) row: &'a mut [f32], // (I)
+}
+
+impl Kernel for ApplyMask<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        self.mask.apply(self.token, self.row);
+    }
 }

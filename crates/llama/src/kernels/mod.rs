@@ -7,20 +7,27 @@
 //! other rows of its batch are and however many threads compute: no sum depends on either.
 
 mod attend;
+mod causal;
 mod elementwise;
 mod packed;
 mod panels;
+mod product;
 mod sequences;
 mod simd;
 mod tasks;
 #[cfg(test)]
 mod tests;
+mod training;
+mod workspace;
 
 use dromedary_torch_ext::{F32Buffer, Rows};
 use tch::Tensor;
 
 pub use packed::PackedWeight;
+pub(crate) use product::{Matrix, Panels, Target};
 pub(crate) use sequences::{FusedStep, Sequence, SlotKeys};
+pub(crate) use training::QkvRows;
+pub(crate) use workspace::{Buffer, Workspace};
 
 use crate::{Result, heads::Heads};
 use simd::Level;
@@ -54,11 +61,7 @@ impl Kernels {
         let x = x.contiguous();
         let mut out = F32Buffer::zeros(&x.size())?;
         let (x, weight) = (Rows::of(&x)?, Rows::of(weight)?);
-        let weight = weight.values();
-        self.by_rows(&x, x.width(), out.values_mut(), |rows, out| {
-            let x = &x.values()[rows.start * x.width()..rows.end * x.width()];
-            self.level.run(elementwise::Norm { x, weight, eps: eps as f32, out });
-        })?;
+        self.norm_rows(x.values(), (weight.values(), eps), out.values_mut())?;
         Ok(out.into_tensor())
     }
 
@@ -70,10 +73,11 @@ impl Kernels {
         let mut out = F32Buffer::zeros(&x.size())?;
         let (x, cos, sin) = (Rows::of(x)?, Rows::of(cos)?, Rows::of(sin)?);
         let width = x.width();
-        self.by_rows(&x, width, out.values_mut(), |rows, out| {
-            for (token, out) in rows.zip(out.chunks_exact_mut(width)) {
-                let (x, cos, sin) = (x.row(token), cos.row(token), sin.row(token));
-                self.level.run(elementwise::Rotate { x, cos, sin, out });
+        self.by_rows(width, out.values_mut(), |rows, out| {
+            for (token, heads) in rows.zip(out.chunks_exact_mut(width)) {
+                heads.copy_from_slice(x.row(token));
+                let (cos, sin) = (cos.row(token), sin.row(token));
+                self.level.run(elementwise::Rotate { cos, sin, heads, back: false });
             }
         })?;
         Ok(out.into_tensor())
@@ -87,11 +91,7 @@ impl Kernels {
         let (tokens, both) = gate_up.size2()?;
         let mut out = F32Buffer::zeros(&[tokens, both / 2])?;
         let gate_up = Rows::of(gate_up)?;
-        let width = gate_up.width() / 2;
-        self.by_rows(&gate_up, width, out.values_mut(), |rows, out| {
-            let gate_up = &gate_up.values()[rows.start * 2 * width..rows.end * 2 * width];
-            self.level.run(elementwise::SiluMul { gate_up, out, width });
-        })?;
+        self.silu_mul_rows(gate_up.values(), gate_up.width() / 2, out.values_mut())?;
         Ok(out.into_tensor())
     }
 
@@ -124,14 +124,12 @@ impl Kernels {
     /// enough to do.
     fn by_rows(
         self,
-        rows: &Rows<'_>,
         width: usize,
         out: &mut [f32],
         pass: impl Fn(std::ops::Range<usize>, &mut [f32]) + Sync,
     ) -> Result<()> {
-        let count = rows.len();
-        if width == 0 || count * width <= PASS {
-            pass(0..count, out);
+        if width == 0 || out.len() <= PASS {
+            pass(0..out.len().checked_div(width).unwrap_or(0), out);
             return Ok(());
         }
         let per_task = (PASS / width).max(1);

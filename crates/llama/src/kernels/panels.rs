@@ -63,6 +63,7 @@ impl Multiply<'_, '_> {
             Product {
                 a: &self.x[rows.start * self.depth + block.start..],
                 a_row: self.depth,
+                a_step: 1,
                 b: Units {
                     values: &self.panels[unit * panel + block.start * UNIT..],
                     row: UNIT,

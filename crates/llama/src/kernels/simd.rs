@@ -152,6 +152,7 @@ pub(crate) struct Tile {
     depth: usize,
     a: *const f32,
     a_row: usize,
+    a_step: usize,
     b: *const f32,
     b_row: usize,
     b_unit: usize,
@@ -166,7 +167,7 @@ pub(crate) struct Tile {
 }
 
 /// # Safety
-/// For all `r < R`, `u < U`, `k < depth`: `a + r * a_row + k` must be readable; 16 values from
+/// For all `r < R`, `u < U`, `k < depth`: `a + r * a_row + k * a_step` must be readable; 16 values from
 /// `b + k * b_row + u * b_unit` must be readable; 16 values from `out + r * out_row + 16 u` must be
 /// readable and writable, by nobody else. The lines to fetch need not exist.
 #[inline(always)]
@@ -208,7 +209,7 @@ unsafe fn tile_fetching<S: Simd, const R: usize, const U: usize, const F: usize>
                 *sum = simd.mul_add(value, column, *sum);
             }
         }
-        a = a.wrapping_add(1);
+        a = a.wrapping_add(of.a_step);
         b = b.wrapping_add(of.b_row);
     }
     for (row, sums) in sums.iter().enumerate() {
@@ -355,6 +356,28 @@ impl<'a> Columns<'a> {
         Self { start: matrix.as_mut_ptr(), rows, row, width: row, matrix: PhantomData }
     }
 
+    /// Some columns of the first `rows` rows, which are `row` apart; the last one may end with them.
+    pub(crate) fn rows_of(
+        matrix: &'a mut [f32],
+        rows: usize,
+        row: usize,
+        columns: Range<usize>,
+    ) -> Self {
+        assert!(columns.start <= columns.end && columns.end <= row && rows > 0);
+        assert!((rows - 1) * row + columns.end <= matrix.len());
+        let start = matrix.as_mut_ptr().wrapping_add(columns.start);
+        Self { start, rows, row, width: columns.end - columns.start, matrix: PhantomData }
+    }
+
+    /// One row.
+    pub(crate) fn row(&mut self, row: usize) -> &mut [f32] {
+        assert!(row < self.rows);
+        // SAFETY: the row is in the matrix, and no other `Columns` has any of its values.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.start.wrapping_add(row * self.row), self.width)
+        }
+    }
+
     /// The matrix cut into ranges of columns, which must rise without overlap.
     pub(crate) fn cut(self, ranges: &[Range<usize>]) -> Vec<Self> {
         let mut end = 0;
@@ -375,9 +398,10 @@ impl<'a> Columns<'a> {
 
 /// A product of rows and units: `out[rows][units] (+)= a[rows][..depth] * b[..depth][units]`.
 pub(crate) struct Product<'a> {
-    /// Row-major, rows `a_row` apart.
+    /// Rows `a_row` apart, the values of one `a_step`: 1, but for the transpose of what lies there.
     pub(crate) a: &'a [f32],
     pub(crate) a_row: usize,
+    pub(crate) a_step: usize,
     pub(crate) b: Units<'a>,
     pub(crate) depth: usize,
     /// Add to what `out` holds.
@@ -405,13 +429,14 @@ impl Product<'_> {
         };
         if self.depth > 0 {
             let last = self.depth - 1;
-            assert!((count - 1) * self.a_row + last < self.a.len());
+            assert!((count - 1) * self.a_row + last * self.a_step < self.a.len());
             assert!(last * self.b.row + (units - 1) * self.b.unit + UNIT <= self.b.values.len());
         }
         let of = Tile {
             depth: self.depth,
             a: self.a.as_ptr(),
             a_row: self.a_row,
+            a_step: self.a_step,
             b: self.b.values.as_ptr(),
             b_row: self.b.row,
             b_unit: self.b.unit,

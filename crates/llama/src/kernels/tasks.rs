@@ -39,7 +39,12 @@ pub(crate) fn run<T: Send, C>(
     Ok(())
 }
 
+/// Threads that tasks are dealt out to.
+pub(crate) fn threads() -> usize {
+    num_threads().max(1)
+}
+
 /// A piece for each thread: ranges that together make `0..count`, none of them empty.
 pub(crate) fn shares(count: usize) -> Vec<std::ops::Range<usize>> {
-    super::simd::even_parts(count, count.div_ceil(num_threads().max(1)).max(1)).collect()
+    super::simd::even_parts(count, count.div_ceil(threads()).max(1)).collect()
 }

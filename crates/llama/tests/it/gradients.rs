@@ -90,7 +90,7 @@ fn attach(model: &mut Llama) -> Vec<Leaf> {
         let a = leaf(("lora_A", TrainedTensor::LoraA), [R, inner], 100 + seed);
         let b = leaf(("lora_B", TrainedTensor::LoraB), [out, R], 500 + seed);
         let [a_leaf, b_leaf] = [&a, &b].map(|of| of.leaf.shallow_clone());
-        part.lora = Some(Lora { a: a_leaf, b: b_leaf, scaling: 0.5 });
+        part.lora = Some(Lora { a: a_leaf, b: b_leaf, scaling: 0.5, dropout: None });
         leaves.extend([a, b]);
     }
     leaves

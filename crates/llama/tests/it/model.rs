@@ -34,7 +34,8 @@ fn attach(model: &mut Llama) -> Vec<String> {
     for ((name, part), width) in model.linears_mut().zip(widths) {
         let rows = part.rows.end - part.rows.start;
         let a = Tensor::randn([4, width], F) * 0.3;
-        part.lora = Some(Lora { a, b: Tensor::randn([rows, 4], F) * 0.3, scaling: 0.25 });
+        part.lora =
+            Some(Lora { a, b: Tensor::randn([rows, 4], F) * 0.3, scaling: 0.25, dropout: None });
         names.push(name);
     }
     names
@@ -102,7 +103,7 @@ fn an_adapter_of_peft_in_place_equals_the_merged_checkpoint() {
     let base = logits(&model);
     for (name, part) in model.linears_mut() {
         if let Some(pair) = adapter.tensors.remove(&name) {
-            part.lora = Some(Lora { a: pair.lora_a, b: pair.lora_b, scaling });
+            part.lora = Some(Lora { a: pair.lora_a, b: pair.lora_b, scaling, dropout: None });
         }
     }
     assert!(adapter.tensors.is_empty(), "every module of the adapter has its part");

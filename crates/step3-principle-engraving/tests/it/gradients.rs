@@ -1,7 +1,7 @@
-use dromedary_llama::{Llama, block};
+use dromedary_llama::{ClosedForm, Llama, block};
 use dromedary_parallel::SingleProcess;
 use dromedary_principle_engraving::{
-    Example, Half, HalfBlock, Keep, MicroBatch, Trained, head_loss,
+    Example, Half, HalfBlock, Head, Keep, MicroBatch, Trained, head_loss,
 };
 use tch::{Kind, Tensor, no_grad};
 
@@ -22,15 +22,20 @@ fn rows() -> MicroBatch {
 }
 
 /// Loss and gradients of all entries, half-block by half-block.
-fn by_half_blocks(model: &Llama, trained: &Trained, keep: Keep) -> (f64, Vec<Tensor>) {
+fn by_half_blocks(
+    model: &Llama,
+    trained: &Trained,
+    keep: Keep,
+    closed_form: Option<&ClosedForm>,
+) -> (f64, Vec<Tensor>) {
     let batch = rows();
     let rotary_at = model.rotary_at(&batch.positions()).unwrap();
     let mut blocks = Vec::new();
     for (index, layer) in model.layers().iter().enumerate() {
         for half in [Half::Attention, Half::Mlp] {
             let lengths = &batch.lengths;
-            let block = HalfBlock { layer, half, rotary_at: &rotary_at, lengths };
-            blocks.push((block, trained.entries_of(index, half)));
+            let block = HalfBlock { layer, half, rotary_at: &rotary_at, lengths, closed_form };
+            blocks.push((block, trained.leaves_of(index, half)));
         }
     }
     let mut hidden = no_grad(|| model.embed(&batch.input_ids)).unwrap();
@@ -41,7 +46,14 @@ fn by_half_blocks(model: &Llama, trained: &Trained, keep: Keep) -> (f64, Vec<Ten
         saved.push(left);
     }
     let scale = 1.0 / batch.num_targets() as f64;
-    let head = head_loss(model, &hidden, &batch, scale, &SingleProcess).unwrap();
+    let head = head_loss(
+        Head { model, closed_form, leaves: None },
+        &hidden,
+        &batch,
+        scale,
+        &SingleProcess,
+    )
+    .unwrap();
     let mut gradient = head.grad_hidden;
     let mut gradients: Vec<Option<Tensor>> = Vec::new();
     gradients.resize_with(trained.optimizer.entries().len(), || None);
@@ -87,46 +99,59 @@ fn largest_relative_difference(got: &[Tensor], want: &[Tensor]) -> f64 {
     got.iter().zip(want).map(relative).fold(0.0, f64::max)
 }
 
+/// Autograd and the kernels.
+fn ways(model: &Llama) -> [Option<ClosedForm>; 2] {
+    let form = ClosedForm::of(model, false);
+    assert!(form.is_some());
+    [None, form]
+}
+
 #[test]
 fn half_blocks_give_the_gradients_of_one_graph() {
     let mut model = support::load(&support::stories260k());
     let trained = support::attach_random(&mut model, 4);
     let (want_loss, want) = by_one_graph(&model, &trained);
-    let (loss, got) = by_half_blocks(&model, &trained, Keep::Input);
-    assert!((loss - want_loss).abs() < 1e-5 * want_loss, "{loss} {want_loss}");
-    let difference = largest_relative_difference(&got, &want);
-    assert!(difference < 1e-5, "{difference}");
+    for form in ways(&model) {
+        let (loss, got) = by_half_blocks(&model, &trained, Keep::Input, form.as_ref());
+        assert!((loss - want_loss).abs() < 1e-5 * want_loss, "{form:?} {loss} {want_loss}");
+        let difference = largest_relative_difference(&got, &want);
+        assert!(difference < 1e-5, "{form:?} {difference}");
+    }
 }
 
 #[test]
 fn kept_and_recomputed_graphs_agree_to_the_bit() {
     let mut model = support::load(&support::stories260k());
     let trained = support::attach_random(&mut model, 4);
-    let (loss, kept) = by_half_blocks(&model, &trained, Keep::Graph);
-    let (loss_again, recomputed) = by_half_blocks(&model, &trained, Keep::Input);
-    assert_eq!(loss, loss_again);
-    assert!(kept.iter().zip(&recomputed).all(|(one, other)| one == other));
+    for form in ways(&model) {
+        let (loss, kept) = by_half_blocks(&model, &trained, Keep::Graph, form.as_ref());
+        let (loss_again, recomputed) = by_half_blocks(&model, &trained, Keep::Input, form.as_ref());
+        assert_eq!(loss, loss_again);
+        assert!(kept.iter().zip(&recomputed).all(|(one, other)| one == other));
+    }
 }
 
 #[test]
 fn rows_do_not_see_each_other() {
     let mut model = support::load(&support::stories260k());
     let _trained = support::attach_random(&mut model, 4);
-    let logits = |ids: &[u32], lengths: &[i64]| {
+    let logits = |ids: &[u32], lengths: &[i64], closed_form: Option<&ClosedForm>| {
         let positions: Vec<i64> = lengths.iter().flat_map(|&length| 0..length).collect();
         let rotary_at = model.rotary_at(&positions).unwrap();
         let mut x = model.embed(ids).unwrap();
         for layer in model.layers() {
             for half in [Half::Attention, Half::Mlp] {
-                let block = HalfBlock { layer, half, rotary_at: &rotary_at, lengths };
+                let block = HalfBlock { layer, half, rotary_at: &rotary_at, lengths, closed_form };
                 x = block.forward(&x, Keep::Input, &SingleProcess).unwrap().0;
             }
         }
         no_grad(|| model.head(&model.final_norm(&x))).unwrap()
     };
     let batch = rows();
-    let together = logits(&batch.input_ids, &batch.lengths);
-    let alone = logits(&batch.input_ids[8..], &[5]);
-    let difference = (together.narrow(0, 8, 5) - alone).abs().max();
-    assert!(difference.to_kind(Kind::Double).double_value(&[]) < 1e-4);
+    for form in ways(&model) {
+        let together = logits(&batch.input_ids, &batch.lengths, form.as_ref());
+        let alone = logits(&batch.input_ids[8..], &[5], form.as_ref());
+        let difference = (together.narrow(0, 8, 5) - alone).abs().max();
+        assert!(difference.to_kind(Kind::Double).double_value(&[]) < 1e-4);
+    }
 }
