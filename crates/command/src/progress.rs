@@ -28,6 +28,7 @@ struct Lines {
     total: Option<u64>,
     unit: &'static str,
     done: u64,
+    begun_at: u64,
     message: Cow<'static, str>,
     start: Instant,
     last: Instant,
@@ -44,6 +45,21 @@ impl Progress {
             (true, false) => Display::Lines(Mutex::new(Lines::new(total, unit))),
         };
         Progress { display }
+    }
+
+    /// `n` were done by an earlier run: they count, but not for the rate.
+    pub fn begin_at(&self, n: u64) {
+        match &self.display {
+            Display::Hidden => {}
+            Display::Bar(bar) => {
+                bar.set_position(n);
+                bar.reset_eta();
+            }
+            Display::Lines(lines) => {
+                let mut lines = lines.lock().unwrap_or_else(PoisonError::into_inner);
+                (lines.done, lines.begun_at) = (n, n);
+            }
+        }
     }
 
     /// `n` more are done.
@@ -129,7 +145,8 @@ fn bar(total: Option<u64>, unit: &'static str) -> ProgressBar {
 impl Lines {
     fn new(total: Option<u64>, unit: &'static str) -> Lines {
         let now = Instant::now();
-        Lines { total, unit, done: 0, message: Cow::Borrowed(""), start: now, last: now }
+        let message = Cow::Borrowed("");
+        Lines { total, unit, done: 0, begun_at: 0, message, start: now, last: now }
     }
 
     /// The line to log, where it is time for one.
@@ -144,7 +161,8 @@ impl Lines {
 
     fn line(&self, now: Instant) -> String {
         let seconds = now.duration_since(self.start).as_secs_f64();
-        let rate = if seconds > 0.0 { self.done as f64 / seconds } else { 0.0 };
+        let own = (self.done - self.begun_at) as f64;
+        let rate = if seconds > 0.0 { own / seconds } else { 0.0 };
         let (done, unit) = (self.done, self.unit);
         let mut line = match self.total {
             Some(total) => format!("{done}/{total} {unit}, {rate:.2}/s"),
@@ -184,6 +202,18 @@ mod tests {
         assert_eq!(lines.inc(1, due).unwrap(), "10/40 rows, 1.00/s, 30 seconds left");
         let soon = at(&lines, 11);
         assert_eq!(lines.inc(1, soon), None);
+    }
+
+    #[test]
+    fn what_an_earlier_run_did_does_not_make_this_one_faster() {
+        let progress =
+            Progress { display: Display::Lines(Mutex::new(Lines::new(Some(100), "steps"))) };
+        progress.begin_at(80);
+        let Display::Lines(lines) = &progress.display else { panic!("lines were asked for") };
+        let mut lines = lines.lock().unwrap();
+        let due = at(&lines, 10);
+        let line = lines.inc(5, due).unwrap();
+        assert_eq!(line, "85/100 steps, 0.50/s, 30 seconds left");
     }
 
     #[test]

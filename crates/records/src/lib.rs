@@ -22,6 +22,7 @@
 //!         instruction: prompt.instruction,
 //!         input: prompt.input,
 //!         output: "Alice.".to_owned(),
+//!         meta_prompt: None,
 //!     })?;
 //! }
 //! writer.finish()?;

@@ -72,6 +72,9 @@ pub struct TrainingRow {
     pub input: String,
     /// The answer to learn.
     pub output: String,
+    /// The short system prompt that this row alone reads, in place of the one its number chooses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub meta_prompt: Option<String>,
 }
 
 #[cfg(test)]
@@ -85,7 +88,13 @@ mod tests {
         let prompt: Prompt = serde_json::from_str(text).unwrap();
         assert_eq!((prompt.id.as_str(), prompt.source.as_str()), ("a", "dolly"));
         let text = r#"{"instruction": "i", "input": "", "output": "o", "example_id": 3}"#;
-        assert_eq!(serde_json::from_str::<TrainingRow>(text).unwrap().example_id, 3);
+        let row: TrainingRow = serde_json::from_str(text).unwrap();
+        assert_eq!((row.example_id, &row.meta_prompt), (3, &None));
+        assert!(!serde_json::to_string(&row).unwrap().contains("meta_prompt"));
+        let text =
+            r##"{"instruction": "i", "output": "o", "example_id": 3, "meta_prompt": "# M"}"##;
+        let row: TrainingRow = serde_json::from_str(text).unwrap();
+        assert_eq!(row.meta_prompt.as_deref(), Some("# M"));
     }
 
     #[test]

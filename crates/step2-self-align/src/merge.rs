@@ -247,6 +247,7 @@ fn write_rows(
             instruction,
             input,
             output,
+            meta_prompt: None,
         })
         .collect();
     rows.shuffle(random);

@@ -28,7 +28,8 @@ pub struct TrainArgs {
     /// Form of the rows [default: dromedary].
     #[arg(long, value_name = "NAME")]
     pub dataset_format: Option<DatasetFormat>,
-    /// Glob of the short system prompts, one of which each row gets by its example_id.
+    /// Glob of the short system prompts, one of which each row gets by its example_id; a row with a
+    /// meta_prompt of its own keeps it.
     #[arg(long, value_name = "GLOB")]
     pub meta_prompt_pattern: Option<String>,
     /// Folder for checkpoints, metrics and the adapter.
@@ -65,6 +66,28 @@ pub struct TrainArgs {
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
     pub drop_empty: Option<bool>,
 
+    /// Rows to compute a held-out loss on, in a file of their own.
+    #[arg(long, value_name = "FILE")]
+    pub eval_dataset: Option<PathBuf>,
+    /// Rows to hold out of --dataset instead, drawn by the seed and not trained on.
+    #[arg(long, value_name = "ROWS")]
+    pub eval_dataset_size: Option<usize>,
+    /// Use so many of the held-out rows.
+    #[arg(long, value_name = "ROWS")]
+    pub max_eval_samples: Option<usize>,
+    /// When to compute the held-out loss [default: steps where rows are held out, else no].
+    #[arg(long, alias = "eval-strategy", value_name = "WHEN")]
+    pub evaluation_strategy: Option<EvaluationStrategy>,
+    /// Steps between held-out losses [default: 500].
+    #[arg(long, value_name = "STEPS")]
+    pub eval_steps: Option<u64>,
+    /// Rows of a held-out batch [default: 8].
+    #[arg(long, value_name = "ROWS")]
+    pub per_device_eval_batch_size: Option<usize>,
+
+    /// Start from this adapter in PEFT's format; it brings rank, alpha and layers.
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
     /// Rank of the adapters [default: 64].
     #[arg(long, value_name = "R")]
     pub lora_r: Option<i64>,
@@ -109,6 +132,15 @@ pub struct TrainArgs {
     /// Share of the steps that warm up [default: 0.03].
     #[arg(long, value_name = "RATIO")]
     pub warmup_ratio: Option<f64>,
+    /// Steps that warm up; wins over --warmup-ratio.
+    #[arg(long, value_name = "STEPS")]
+    pub warmup_steps: Option<u64>,
+    /// Share of the steps at the end over which wsd decays [default: 0.1].
+    #[arg(long, value_name = "RATIO")]
+    pub decay_ratio: Option<f64>,
+    /// Steps at the end over which wsd decays; wins over --decay-ratio.
+    #[arg(long, value_name = "STEPS")]
+    pub decay_steps: Option<u64>,
     /// Decoupled weight decay of AdamW [default: 0].
     #[arg(long, value_name = "DECAY")]
     pub weight_decay: Option<f64>,
@@ -131,6 +163,11 @@ pub struct TrainArgs {
     /// Checkpoints that are kept, at least 2 [default: 3].
     #[arg(long, value_name = "N")]
     pub save_total_limit: Option<usize>,
+
+    /// Who else reads the metrics: tensorboard gets events in --output-dir/tensorboard
+    /// [default: tensorboard].
+    #[arg(long, value_name = "NAME")]
+    pub report_to: Option<ReportTo>,
 
     /// Where to compute: auto, cpu, cuda or cuda:N [default: auto].
     #[arg(long, value_name = "DEVICE")]
@@ -168,19 +205,11 @@ pub struct IgnoredTrainArgs {
     #[arg(long, hide = true)]
     pub optim: Option<String>,
     #[arg(long, hide = true)]
-    pub evaluation_strategy: Option<String>,
-    #[arg(long, hide = true)]
     pub save_strategy: Option<String>,
-    #[arg(long, hide = true)]
-    pub report_to: Option<String>,
     #[arg(long, hide = true)]
     pub ddp_backend: Option<String>,
     #[arg(long, hide = true)]
     pub ddp_find_unused_parameters: Option<String>,
-    #[arg(long, hide = true)]
-    pub eval_dataset_size: Option<String>,
-    #[arg(long, hide = true)]
-    pub max_eval_samples: Option<String>,
 }
 
 /// Form of the rows of a data set.
@@ -189,4 +218,28 @@ pub struct IgnoredTrainArgs {
 pub enum DatasetFormat {
     /// Rows of step 2, in the form of `prompts/dromedary_*_prompt_distill.txt`.
     Dromedary,
+}
+
+/// When the held-out loss is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum EvaluationStrategy {
+    /// Never.
+    No,
+    /// Every --eval-steps steps and behind the last.
+    Steps,
+    /// Behind each epoch and behind the last step.
+    Epoch,
+}
+
+/// Programs that the metrics are written for, besides `metrics.jsonl` and `curves.svg`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReportTo {
+    /// TensorBoard.
+    #[value(alias = "all")]
+    #[serde(alias = "all")]
+    Tensorboard,
+    /// None.
+    None,
 }

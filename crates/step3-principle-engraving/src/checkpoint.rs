@@ -201,7 +201,7 @@ pub(crate) fn set_aside(output_dir: &Path, step: u64) -> Result<()> {
 }
 
 /// `name`, or the first of `name-2`, `name-3`, ... that does not exist.
-fn unused(dir: &Path, name: &str) -> PathBuf {
+pub(crate) fn unused(dir: &Path, name: &str) -> PathBuf {
     let numbered = (2u32..).map(|number| dir.join(format!("{name}-{number}")));
     std::iter::once(dir.join(name))
         .chain(numbered)
@@ -246,7 +246,8 @@ fn damaged(path: &Path, message: String) -> Error {
     Error::Checkpoint { path: path.to_owned(), message }
 }
 
-fn value_of(adapter: &Adapter, entry: &str) -> Option<Tensor> {
+/// The value of an optimizer's entry in an adapter.
+pub(crate) fn value_of(adapter: &Adapter, entry: &str) -> Option<Tensor> {
     let (module, matrix) = entry.rsplit_once('.')?;
     let pair = adapter.tensors.get(module)?;
     let value = if matrix == "lora_A" { &pair.lora_a } else { &pair.lora_b };

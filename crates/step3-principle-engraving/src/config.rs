@@ -1,17 +1,22 @@
 //! Settings of a run, resolved and checked.
 
-use std::path::PathBuf;
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use dromedary_command::{Error as CommandError, required};
-use dromedary_llama::LoraConfig;
+use dromedary_llama::{AdapterFile, LoraConfig};
 
 use crate::{
-    args::{DatasetFormat, TrainArgs},
+    args::{DatasetFormat, EvaluationStrategy, ReportTo, TrainArgs},
     batches::BatchConfig,
     collate::CollateConfig,
+    dataset::DataConfig,
     half_block::Keep,
+    held_out::{EvalConfig, EvalEvery, EvalRows},
     optimizer::AdamWConfig,
-    schedule::ScheduleType,
+    schedule::{Schedule, ScheduleConfig, ScheduleType, Span},
 };
 
 /// Where a run starts.
@@ -30,38 +35,28 @@ pub enum Resume {
 pub struct TrainConfig {
     /// Folder of the base model.
     pub checkpoint: PathBuf,
-    /// Tokenizer file or folder.
-    pub tokenizer: PathBuf,
-    /// File of rows.
-    pub dataset: PathBuf,
-    /// Rows to use, from the first on.
-    pub max_train_samples: Option<usize>,
-    /// Leave rows without a target token out instead of refusing them.
-    pub drop_empty: bool,
-    /// Glob of the short system prompts.
-    pub meta_prompt_pattern: String,
+    /// Rows, and how they become tokens.
+    pub data: DataConfig,
+    /// Rows that are held out, where there are any.
+    pub eval: Option<EvalConfig>,
     /// Folder for everything that is written.
     pub output_dir: PathBuf,
     /// Where to start.
     pub resume: Resume,
     /// Take the output folder over from another job.
     pub break_lock: bool,
-    /// Truncation and labels.
-    pub collate: CollateConfig,
     /// The adapters.
     pub lora: LoraConfig,
+    /// The adapter that training starts from, in PEFT's format.
+    pub adapter: Option<PathBuf>,
     /// Batches and their order.
     pub batches: BatchConfig,
     /// Passes over the rows.
     pub num_train_epochs: f64,
     /// Optimizer steps, where given.
     pub max_steps: Option<u64>,
-    /// Highest learning rate.
-    pub learning_rate: f64,
-    /// Shape of the learning rate.
-    pub lr_scheduler_type: ScheduleType,
-    /// Share of the steps that warm up.
-    pub warmup_ratio: f64,
+    /// The learning rate.
+    pub schedule: ScheduleConfig,
     /// The optimizer.
     pub adamw: AdamWConfig,
     /// What forward keeps for backward.
@@ -74,6 +69,8 @@ pub struct TrainConfig {
     pub save_steps: u64,
     /// Checkpoints that are kept.
     pub save_total_limit: usize,
+    /// Write events for TensorBoard.
+    pub tensorboard: bool,
     /// `auto`, `cpu`, `cuda` or `cuda:N`.
     pub device: String,
     /// `auto`, `f32`, `bf16` or `f16`.
@@ -98,8 +95,6 @@ impl TrainArgs {
             train_on_source = false,
             add_eos_to_target = true,
             drop_empty = false,
-            lora_r = 64,
-            lora_alpha = 16.0,
             lora_dropout = 0.0,
             full_finetune = false,
             bits = 16,
@@ -109,7 +104,6 @@ impl TrainArgs {
             group_by_length = false,
             learning_rate = 1e-4,
             lr_scheduler_type = ScheduleType::Cosine,
-            warmup_ratio = 0.03,
             weight_decay = 0.0,
             max_grad_norm = 0.3,
             gradient_checkpointing = true,
@@ -117,6 +111,8 @@ impl TrainArgs {
             logging_steps = 5,
             save_steps = 500,
             save_total_limit = 3,
+            report_to = ReportTo::Tensorboard,
+            per_device_eval_batch_size = 8,
             device = "auto".to_owned(),
         );
         let dtype = match (self.bf16, self.fp16) {
@@ -127,8 +123,27 @@ impl TrainArgs {
         self.dtype.get_or_insert(dtype.to_owned());
         let resume = if self.resume_from_training == Some(false) { "never" } else { "auto" };
         self.resume.get_or_insert(resume.to_owned());
-        if self.lora_modules.is_empty() {
-            self.lora_modules.push("all".to_owned());
+        if self.warmup_steps.is_none() {
+            default!(warmup_ratio = 0.03);
+        }
+        if self.lr_scheduler_type == Some(ScheduleType::Wsd) && self.decay_steps.is_none() {
+            default!(decay_ratio = Schedule::DECAY_RATIO);
+        }
+        if self.evaluation_strategy.is_none() {
+            let held_out = self.eval_dataset.is_some() || self.eval_dataset_size.is_some();
+            let strategy =
+                if held_out { EvaluationStrategy::Steps } else { EvaluationStrategy::No };
+            default!(evaluation_strategy = strategy);
+        }
+        if self.evaluation_strategy == Some(EvaluationStrategy::Steps) {
+            default!(eval_steps = 500);
+        }
+        // An adapter to start from brings its own.
+        if self.adapter.is_none() {
+            default!(lora_r = 64, lora_alpha = 16.0);
+            if self.lora_modules.is_empty() {
+                self.lora_modules.push("all".to_owned());
+            }
         }
         if self.tokenizer.is_none() {
             self.tokenizer = self.checkpoint.clone();
@@ -146,11 +161,8 @@ impl TryFrom<TrainArgs> for TrainConfig {
         let seed = required(args.seed, "seed")?;
         let checkpoint = required(args.checkpoint.clone(), "checkpoint")?;
         let config = Self {
-            tokenizer: required(args.tokenizer.clone(), "tokenizer")?,
-            dataset: required(args.dataset.clone(), "dataset")?,
-            max_train_samples: args.max_train_samples,
-            drop_empty: required(args.drop_empty, "drop-empty")?,
-            meta_prompt_pattern: required(args.meta_prompt_pattern.clone(), "meta-prompt-pattern")?,
+            data: DataConfig::try_from(&args)?,
+            eval: eval_config(&args)?,
             output_dir: required(args.output_dir.clone(), "output-dir")?,
             resume: match required(args.resume.clone(), "resume")?.as_str() {
                 "auto" => Resume::Auto,
@@ -158,13 +170,8 @@ impl TryFrom<TrainArgs> for TrainConfig {
                 path => Resume::From(path.into()),
             },
             break_lock: required(args.break_lock, "break-lock")?,
-            collate: CollateConfig {
-                source_max_len: positive(args.source_max_len, "source-max-len")?,
-                target_max_len: positive(args.target_max_len, "target-max-len")?,
-                train_on_source: required(args.train_on_source, "train-on-source")?,
-                add_eos_to_target: required(args.add_eos_to_target, "add-eos-to-target")?,
-            },
             lora: lora_config(&args, &checkpoint)?,
+            adapter: args.adapter.clone(),
             batches: BatchConfig {
                 batch_size: positive(
                     args.per_device_train_batch_size,
@@ -180,9 +187,7 @@ impl TryFrom<TrainArgs> for TrainConfig {
             num_train_epochs: in_range(args.num_train_epochs, "num-train-epochs", 1e-9, 1e9)?,
             // HF's default of -1 means that the epochs decide.
             max_steps: args.max_steps.and_then(|steps| u64::try_from(steps).ok()),
-            learning_rate: in_range(args.learning_rate, "learning-rate", 0.0, 1e3)?,
-            lr_scheduler_type: required(args.lr_scheduler_type, "lr-scheduler-type")?,
-            warmup_ratio: in_range(args.warmup_ratio, "warmup-ratio", 0.0, 1.0)?,
+            schedule: schedule_config(&args)?,
             adamw: AdamWConfig {
                 weight_decay: in_range(args.weight_decay, "weight-decay", 0.0, 1e3)?,
                 max_grad_norm: in_range(args.max_grad_norm, "max-grad-norm", 0.0, 1e9)?,
@@ -196,6 +201,7 @@ impl TryFrom<TrainArgs> for TrainConfig {
             logging_steps: positive(args.logging_steps, "logging-steps")?,
             save_steps: positive(args.save_steps, "save-steps")?,
             save_total_limit: required(args.save_total_limit, "save-total-limit")?,
+            tensorboard: required(args.report_to, "report-to")? == ReportTo::Tensorboard,
             device: required(args.device.clone(), "device")?,
             dtype: required(args.dtype.clone(), "dtype")?,
             threads: args.threads,
@@ -209,6 +215,86 @@ impl TryFrom<TrainArgs> for TrainConfig {
         }
         Ok(config)
     }
+}
+
+impl TryFrom<&TrainArgs> for DataConfig {
+    type Error = CommandError;
+
+    /// `args` with their defaults.
+    fn try_from(args: &TrainArgs) -> Result<Self, CommandError> {
+        Ok(Self {
+            tokenizer: required(args.tokenizer.clone(), "tokenizer")?,
+            dataset: required(args.dataset.clone(), "dataset")?,
+            max_train_samples: args.max_train_samples,
+            drop_empty: required(args.drop_empty, "drop-empty")?,
+            meta_prompt_pattern: args.meta_prompt_pattern.clone(),
+            collate: CollateConfig {
+                source_max_len: positive(args.source_max_len, "source-max-len")?,
+                target_max_len: positive(args.target_max_len, "target-max-len")?,
+                train_on_source: required(args.train_on_source, "train-on-source")?,
+                add_eos_to_target: required(args.add_eos_to_target, "add-eos-to-target")?,
+            },
+        })
+    }
+}
+
+fn eval_config(args: &TrainArgs) -> Result<Option<EvalConfig>, CommandError> {
+    let strategy = required(args.evaluation_strategy, "evaluation-strategy")?;
+    let rows = match (&args.eval_dataset, args.eval_dataset_size) {
+        (Some(path), None) => Some(EvalRows::File(path.clone())),
+        (None, Some(_)) => {
+            Some(EvalRows::Drawn(positive(args.eval_dataset_size, "eval-dataset-size")?))
+        }
+        (None, None) => None,
+        (Some(_), Some(_)) => {
+            return Err(CommandError::usage(
+                "--eval-dataset and --eval-dataset-size: held-out rows come from one of them",
+            ));
+        }
+    };
+    let every = match (strategy, &rows) {
+        (EvaluationStrategy::No, rows) => {
+            if rows.is_some() || args.eval_steps.is_some() {
+                tracing::warn!("--evaluation-strategy no: settings of held-out rows are ignored");
+            }
+            return Ok(None);
+        }
+        (_, None) => {
+            return Err(CommandError::usage(
+                "--evaluation-strategy needs rows: give --eval-dataset or --eval-dataset-size",
+            ));
+        }
+        (EvaluationStrategy::Steps, _) => {
+            EvalEvery::Steps(positive(args.eval_steps, "eval-steps")?)
+        }
+        (EvaluationStrategy::Epoch, _) => EvalEvery::Epoch,
+    };
+    let batch_size = positive(args.per_device_eval_batch_size, "per-device-eval-batch-size")?;
+    let max_samples = args.max_eval_samples;
+    Ok(rows.map(|rows| EvalConfig { rows, max_samples, batch_size, every }))
+}
+
+fn schedule_config(args: &TrainArgs) -> Result<ScheduleConfig, CommandError> {
+    let schedule_type = required(args.lr_scheduler_type, "lr-scheduler-type")?;
+    let span = |steps: Option<u64>, ratio: Option<f64>, name: &str| match steps {
+        Some(steps) => Ok(Span::Steps(steps)),
+        None => Ok(Span::Ratio(in_range(ratio, name, 0.0, 1.0)?)),
+    };
+    let decay = match schedule_type {
+        ScheduleType::Wsd => span(args.decay_steps, args.decay_ratio, "decay-ratio")?,
+        _ if args.decay_steps.is_some() || args.decay_ratio.is_some() => {
+            return Err(CommandError::usage(
+                "--decay-ratio and --decay-steps belong to --lr-scheduler-type wsd",
+            ));
+        }
+        _ => Span::Steps(0),
+    };
+    Ok(ScheduleConfig {
+        schedule_type,
+        learning_rate: in_range(args.learning_rate, "learning-rate", 0.0, 1e3)?,
+        warmup: span(args.warmup_steps, args.warmup_ratio, "warmup-ratio")?,
+        decay,
+    })
 }
 
 /// Refuses what is not built in, and warns of what changes nothing.
@@ -230,32 +316,64 @@ fn check_switches(args: &TrainArgs) -> Result<(), CommandError> {
     }
 }
 
-fn lora_config(args: &TrainArgs, checkpoint: &std::path::Path) -> Result<LoraConfig, CommandError> {
+fn lora_config(args: &TrainArgs, checkpoint: &Path) -> Result<LoraConfig, CommandError> {
     let dropout = required(args.lora_dropout, "lora-dropout")?;
     if dropout != 0.0 {
         return Err(CommandError::usage(format!("--lora-dropout {dropout}: only 0 is built in")));
     }
-    let known = LoraConfig::default().target_modules;
-    let target_modules = if args.lora_modules == ["all"] {
-        known
-    } else {
-        if let Some(name) = args.lora_modules.iter().find(|name| !known.contains(*name)) {
-            let known: Vec<_> = known.into_iter().collect();
-            return Err(CommandError::usage(format!(
-                "--lora-modules {name}: no such layer; choose from all, {}",
-                known.join(", ")
-            )));
-        }
-        args.lora_modules.iter().cloned().collect()
-    };
+    let base_model_name_or_path = Some(checkpoint.display().to_string());
+    if let Some(path) = &args.adapter {
+        let brought = brought_config(path, args)?;
+        return Ok(LoraConfig { lora_dropout: dropout, base_model_name_or_path, ..brought });
+    }
     Ok(LoraConfig {
         r: positive(args.lora_r, "lora-r")?,
         lora_alpha: in_range(args.lora_alpha, "lora-alpha", 1e-9, 1e9)?,
-        lora_dropout: 0.0,
-        target_modules,
+        lora_dropout: dropout,
+        target_modules: target_modules(&args.lora_modules)?,
         use_rslora: false,
-        base_model_name_or_path: Some(checkpoint.display().to_string()),
+        base_model_name_or_path,
     })
+}
+
+/// Settings of the adapter that training starts from; flags must not say otherwise.
+fn brought_config(path: &Path, args: &TrainArgs) -> Result<LoraConfig, CommandError> {
+    let adapter = AdapterFile::open(path)
+        .map_err(|error| CommandError::usage(format!("--adapter {}: {error}", path.display())))?;
+    let brought = adapter.config().clone();
+    let contradicts = |flag: &str, given: String, brought: String| {
+        let path = path.display();
+        CommandError::usage(format!("--{flag} {given}: the adapter {path} has {brought}"))
+    };
+    if let Some(r) = args.lora_r.filter(|&r| r != brought.r) {
+        return Err(contradicts("lora-r", r.to_string(), brought.r.to_string()));
+    }
+    if let Some(alpha) = args.lora_alpha.filter(|&alpha| alpha != brought.lora_alpha) {
+        let brought = brought.lora_alpha.to_string();
+        return Err(contradicts("lora-alpha", alpha.to_string(), brought));
+    }
+    let modules = &args.lora_modules;
+    if !modules.is_empty() && target_modules(modules)? != brought.target_modules {
+        let brought: Vec<_> = brought.target_modules.into_iter().collect();
+        return Err(contradicts("lora-modules", modules.join(","), brought.join(",")));
+    }
+    Ok(brought)
+}
+
+/// The layers that `--lora-modules` names.
+fn target_modules(names: &[String]) -> Result<BTreeSet<String>, CommandError> {
+    let known = LoraConfig::default().target_modules;
+    if names == ["all"] {
+        return Ok(known);
+    }
+    if let Some(name) = names.iter().find(|name| !known.contains(*name)) {
+        let known: Vec<_> = known.into_iter().collect();
+        return Err(CommandError::usage(format!(
+            "--lora-modules {name}: no such layer; choose from all, {}",
+            known.join(", ")
+        )));
+    }
+    Ok(names.iter().cloned().collect())
 }
 
 fn positive<T: PartialOrd + Default + std::fmt::Display>(

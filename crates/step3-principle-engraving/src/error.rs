@@ -31,9 +31,27 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
-    /// A row has no token to learn from: its target is empty or was truncated to nothing.
-    #[error("data set {path}: row {row} (example_id {example_id}) has no target token to learn")]
+    /// Rows have no token to learn from: their targets are empty.
+    #[error(
+        "data set {path}: {count} rows have no target token to learn, the first of them row {row} \
+         (example_id {example_id}); --drop-empty leaves them out"
+    )]
     NoTarget {
+        /// The file.
+        path: PathBuf,
+        /// How many rows.
+        count: usize,
+        /// The first row's number in the file, from 1.
+        row: usize,
+        /// The row's own id.
+        example_id: u64,
+    },
+    /// A row brings no meta prompt, and there are no files of them.
+    #[error(
+        "data set {path}: row {row} (example_id {example_id}) brings no meta_prompt: give \
+         --meta-prompt-pattern"
+    )]
+    NoMetaPromptForRow {
         /// The file.
         path: PathBuf,
         /// The row's number in the file, from 1.

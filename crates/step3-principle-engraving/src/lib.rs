@@ -6,7 +6,8 @@
 //! [`train`] is a whole run as [`TrainConfig`] describes it. Its heart is the [`Trainer`], which is
 //! responsible for one optimizer step: it lays rows one behind the other ([`MicroBatch`]), passes
 //! them through the layers one [`HalfBlock`] at a time, and back, and lets [`FlatAdamW`] update the
-//! LoRA matrices. Rows become text in [`source_target`] and tokens in [`encode`]. A run that was
+//! LoRA matrices. A [`Dataset`] is rows as tokens, each put into the form of [`MetaPrompts`] and cut by
+//! [`encode`]; an [`Inspection`] shows it to people. A run that was
 //! interrupted goes on from its last checkpoint.
 //!
 //! ```no_run
@@ -29,30 +30,40 @@
 //! ```
 
 mod args;
+mod audit;
 mod batches;
 mod checkpoint;
 mod collate;
 mod config;
+mod curves;
 mod dataset;
 mod error;
 mod half_block;
+mod held_out;
+mod inspect;
 mod loss;
+mod metrics;
+mod model_card;
 mod optimizer;
 mod run;
 mod schedule;
+mod tensorboard;
 mod trained;
 mod trainer;
 
-pub use args::{DatasetFormat, IgnoredTrainArgs, TrainArgs};
+pub use args::{DatasetFormat, EvaluationStrategy, IgnoredTrainArgs, ReportTo, TrainArgs};
+pub use audit::{Audit, Side};
 pub use batches::{BatchConfig, Batches};
 pub use collate::{CollateConfig, Example, MicroBatch, encode};
 pub use config::{Resume, TrainConfig};
-pub use dataset::{MetaPrompts, SourceTarget, read_rows, source_target};
+pub use dataset::{DataConfig, Dataset, MetaPrompts, SourceTarget, read_rows};
 pub use error::{Error, Result};
 pub use half_block::{Half, HalfBlock, Keep, Saved};
+pub use held_out::{EvalConfig, EvalEvery, EvalRows, held_out_loss};
+pub use inspect::Inspection;
 pub use loss::{Head, HeadLoss, head_loss};
 pub use optimizer::{AdamWConfig, Entry, FlatAdamW};
 pub use run::{ADAPTER_DIR, Summary, train};
-pub use schedule::{Schedule, ScheduleType};
+pub use schedule::{Schedule, ScheduleConfig, ScheduleType, Span};
 pub use trained::Trained;
 pub use trainer::{Position, StepLoss, StepMetrics, Trainer, TrainerParts};

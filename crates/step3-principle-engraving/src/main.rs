@@ -1,6 +1,10 @@
 //! `step3-principle-engraving`: fine-tune the base model on aligned answers.
 
-use std::{process::ExitCode, thread};
+use std::{
+    io::{IsTerminal, Write, stdout},
+    process::ExitCode,
+    thread,
+};
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
@@ -8,7 +12,10 @@ use dromedary_command::{
     Common, Error as CommandError, StopFlag, ignored_flags, init_logging, layered, parse,
     print_config, run,
 };
-use dromedary_principle_engraving::{Error, TrainArgs, TrainConfig, train};
+use dromedary_principle_engraving::{
+    DataConfig, Dataset, Error, Inspection, TrainArgs, TrainConfig, train,
+};
+use dromedary_tokenizer::Tokenizer;
 
 /// Step 3: engrave the principles into the base model by supervised fine-tuning.
 #[derive(Parser)]
@@ -24,17 +31,45 @@ struct Cli {
 enum Command {
     #[command(alias = "finetune-qlora", alias = "finetune_qlora")]
     Train(Box<TrainArgs>),
+    /// Show what `train` would read, with the same flags, and compute nothing.
+    ///
+    /// Prints how many rows and tokens there are, what is truncated, how many targets end in a stop mark, a
+    /// histogram of lengths, and three rows as the model reads them, with the learned tokens in green. Fails as
+    /// `train` would where rows have no target. Reads the table [train] of --config.
+    Inspect(Box<TrainArgs>),
 }
 
 fn main() -> ExitCode {
     run(|| {
-        let Cli { common, command: Command::Train(args) } = parse::<Cli>();
-        run_train(&common, *args)
+        let Cli { common, command } = parse::<Cli>();
+        match command {
+            Command::Train(args) => run_train(&common, *args),
+            Command::Inspect(args) => inspect(&common, *args),
+        }
     })
 }
 
+fn inspect(common: &Common, args: TrainArgs) -> anyhow::Result<()> {
+    let args = resolved(common, args)?;
+    if common.print_config {
+        return Ok(print_config("train", &args)?);
+    }
+    init_logging(0, 1, common.verbosity());
+    let config = DataConfig::try_from(&args)?;
+    let tokenizer = Tokenizer::open(&config.tokenizer)?;
+    let dataset = Dataset::read(&config.dataset, config.max_train_samples, &config, &tokenizer)?;
+    let mut out = stdout().lock();
+    let color = out.is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    write!(out, "{}", Inspection::new(&dataset, &tokenizer, color)).context("standard output")?;
+    Ok(dataset.check(config.drop_empty)?)
+}
+
+fn resolved(common: &Common, args: TrainArgs) -> anyhow::Result<TrainArgs> {
+    Ok(layered("train", &["train"], args, common)?.with_defaults())
+}
+
 fn run_train(common: &Common, args: TrainArgs) -> anyhow::Result<()> {
-    let args = layered("train", &["train"], args, common)?.with_defaults();
+    let args = resolved(common, args)?;
     if common.print_config {
         return Ok(print_config("train", &args)?);
     }

@@ -3,20 +3,24 @@
 use std::{fs, path::PathBuf};
 
 use dromedary_command::{Progress, StopFlag};
-use dromedary_files::{
-    AtomicDir, JsonlAppender, Lock, LockOptions, Manifest, read_jsonl, write_atomic,
+use dromedary_files::{AtomicDir, Lock, LockOptions, Manifest, write_atomic};
+use dromedary_llama::{
+    Adapter, AdapterFile, Checkpoint, Llama, LoadOptions, check_tokenizer, select_kind,
 };
-use dromedary_llama::{Checkpoint, Llama, LoadOptions, check_tokenizer, select_kind};
 use dromedary_parallel::{Communicator, select_device};
 use dromedary_tokenizer::Tokenizer;
 
 use crate::{
     batches::Batches,
     checkpoint::{self, TrainerState},
-    collate::{self, Example},
+    collate::Example,
     config::{Resume, TrainConfig},
-    dataset::{self, MetaPrompts},
+    curves,
+    dataset::Dataset,
     error::{Error, Result},
+    held_out::{self, held_out_loss},
+    metrics::{CURVES_FILE, Journal, Line, METRICS_FILE, Older},
+    model_card::{Inputs, ModelCard},
     schedule::Schedule,
     trained::Trained,
     trainer::{StepMetrics, Trainer, TrainerParts},
@@ -24,7 +28,7 @@ use crate::{
 
 /// Name of the folder under the output folder that holds the finished adapter.
 pub const ADAPTER_DIR: &str = "adapter";
-const METRICS_FILE: &str = "metrics.jsonl";
+const CARD_FILE: &str = "README.md";
 
 /// What a finished run says.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,40 +55,54 @@ pub fn train(config: &TrainConfig, comm: &dyn Communicator, stop: &StopFlag) -> 
     let metrics = config.output_dir.join(METRICS_FILE);
     let _lock = Lock::acquire(&metrics, &LockOptions::from_env(config.break_lock))?;
     checkpoint::sweep(&config.output_dir)?;
-    let tokenizer = Tokenizer::open(&config.tokenizer)?;
-    let examples = read_examples(config, &tokenizer)?;
+    let tokenizer = Tokenizer::open(&config.data.tokenizer)?;
+    let data = &config.data;
+    let Dataset { examples, audit, .. } = read_dataset(config, &tokenizer)?;
+    let (examples, held_out) = match &config.eval {
+        Some(eval) => held_out::split(examples, eval, data, config.seed, &tokenizer)?,
+        None => (examples, Vec::new()),
+    };
     let base = Checkpoint::open(&config.checkpoint)?;
     check_tokenizer(base.config(), &tokenizer)?;
+    let inputs = Inputs::of(config, base.fingerprint()?, tokenizer.fingerprint())?;
 
     let batches = Batches::new(
         config.batches.clone(),
         examples.iter().map(|example| example.input_ids.len()).collect(),
     );
-    let total_steps = config.max_steps.unwrap_or_else(|| {
-        (config.num_train_epochs * batches.steps_per_epoch() as f64).ceil() as u64
-    });
-    let schedule = Schedule::new(
-        config.lr_scheduler_type,
-        config.learning_rate,
-        config.warmup_ratio,
-        total_steps,
-    );
+    let steps_per_epoch = batches.steps_per_epoch();
+    let total_steps = config
+        .max_steps
+        .unwrap_or_else(|| (config.num_train_epochs * steps_per_epoch as f64).ceil() as u64);
+    let schedule = config.schedule.over(total_steps)?;
     let device = select_device(&config.device, comm.rank(), comm)?;
     let kind = select_kind(&config.dtype, device, base.dtype())?;
-    let fingerprints = format!("{} {} {kind:?}", base.fingerprint()?, tokenizer.fingerprint());
-    let config_hash = config_hash(config, &fingerprints, &examples, total_steps);
+    let config_hash = config_hash(config, &schedule, &format!("{inputs:?} {kind:?}"), &examples);
     // Packed weights do not pay for the many tokens of a training batch.
     let load = LoadOptions { device, kind, pack: false, ..LoadOptions::default() };
     let mut model = Llama::load(&base, &load)?;
-    let trained = Trained::attach(&mut model, &config.lora, config.adamw.clone(), config.seed)?;
+    let mut trained = Trained::attach(&mut model, &config.lora, config.adamw.clone(), config.seed)?;
+    if let Some(path) = &config.adapter {
+        AdapterFile::open(path)?.check_fits(model.config())?;
+        start_from(&Adapter::open(path)?, &mut trained)?;
+    }
     tracing::info!(
         rows = examples.len(),
+        held_out = held_out.len(),
         steps = total_steps,
         trained = trained.optimizer.num_parameters(),
         "training"
     );
     let (keep, examples) = (config.keep, examples.as_slice());
-    let parts = TrainerParts { model: &model, trained, examples, batches, schedule, keep, comm };
+    let parts = TrainerParts {
+        model: &model,
+        trained,
+        examples,
+        batches,
+        schedule: schedule.clone(),
+        keep,
+        comm,
+    };
     let mut trainer = Trainer::new(parts);
     if let Some(path) = resume_from(config)? {
         let load = |trained: &mut Trained| checkpoint::load(&path, trained, &config_hash);
@@ -92,58 +110,60 @@ pub fn train(config: &TrainConfig, comm: &dyn Communicator, stop: &StopFlag) -> 
         tracing::info!("going on behind step {} from {}", trainer.steps_done(), path.display());
     }
     checkpoint::set_aside(&config.output_dir, trainer.steps_done())?;
-    let last = Loop { config, config_hash, stop }.run(&mut trainer)?;
-    let adapter = publish_adapter(config, trainer.trained())?;
+    let held_out = HeldOut { model: &model, examples: &held_out, steps_per_epoch, comm };
+    let journal = Loop { config, config_hash, stop, held_out }.run(&mut trainer)?;
+    let card = ModelCard {
+        config,
+        schedule: &schedule,
+        audit: &audit,
+        inputs: &inputs,
+        rows: [examples.len(), held_out.examples.len()],
+        kind: format!("{kind:?}").to_lowercase(),
+        num_parameters: trainer.trained().optimizer.num_parameters(),
+        lines: journal.lines(),
+    };
+    let adapter = publish_adapter(config, trainer.trained(), &card)?;
+    let last = journal.lines().last().map(|line| line.step.clone());
     Ok(Summary { adapter, steps: total_steps, rows: examples.len(), last })
 }
 
 /// Rows as tokens. Rows that teach nothing are refused by name, or left out where asked for.
-fn read_examples(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
-    let meta_prompts = MetaPrompts::open(&config.meta_prompt_pattern)?;
-    let rows = dataset::read_rows(&config.dataset, config.max_train_samples)?;
-    let mut examples = Vec::with_capacity(rows.len());
-    let mut dropped = 0;
-    for (index, row) in rows.iter().enumerate() {
-        let text = dataset::source_target(row, &meta_prompts);
-        let example = collate::encode(&text, tokenizer, &config.collate);
-        if !row.output.trim().is_empty() && example.num_targets() > 0 {
-            examples.push(example);
-        } else if config.drop_empty {
-            dropped += 1;
-        } else {
-            let (path, example_id) = (config.dataset.clone(), row.example_id);
-            return Err(Error::NoTarget { path, row: index + 1, example_id });
-        }
-    }
-    if examples.is_empty() {
-        return Err(Error::EmptyDataset { path: config.dataset.clone() });
-    }
-    let truncated = |of: fn(&Example) -> usize| examples.iter().filter(|row| of(row) > 0).count();
-    tracing::info!(
-        rows = examples.len(),
-        dropped,
-        truncated_left = truncated(|row| row.truncated_left),
-        truncated_right = truncated(|row| row.truncated_right),
-        "data set"
-    );
-    Ok(examples)
+fn read_dataset(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<Dataset> {
+    let data = &config.data;
+    let dataset = Dataset::read(&data.dataset, data.max_train_samples, data, tokenizer)?;
+    dataset.audit.log("data set");
+    dataset.check(data.drop_empty)?;
+    Ok(dataset)
 }
 
-/// Hash of what the steps depend on, `fingerprints` of model, tokenizer and kind among it: a checkpoint of another hash cannot be gone on from.
+/// Puts the adapter's values in the place of random ones.
+fn start_from(adapter: &Adapter, trained: &mut Trained) -> Result<()> {
+    let optimizer = &trained.optimizer;
+    let states = (0..optimizer.entries().len())
+        .map(|index| {
+            let [value, m, v] = optimizer.state(index);
+            let name = &optimizer.entries()[index].name;
+            [checkpoint::value_of(adapter, name).unwrap_or(value), m, v]
+        })
+        .collect::<Vec<_>>();
+    trained.restore(&states, 0)
+}
+
+/// Hash of what the steps depend on, the hashes of all inputs among it: a checkpoint of another hash cannot be
+/// gone on from.
 fn config_hash(
     config: &TrainConfig,
-    fingerprints: &str,
+    schedule: &Schedule,
+    inputs: &str,
     examples: &[Example],
-    total_steps: u64,
 ) -> String {
     let mut hasher = blake3::Hasher::new();
     let settings = format!(
         "{:?}",
         (
             (&config.lora.r, config.lora.lora_alpha, &config.lora.target_modules),
-            (&config.batches, config.learning_rate, config.lr_scheduler_type),
-            (config.warmup_ratio, &config.adamw, config.seed, total_steps),
-            fingerprints,
+            (&config.batches, schedule, &config.adamw, config.seed),
+            inputs,
         )
     );
     hasher.update(settings.as_bytes());
@@ -165,55 +185,91 @@ fn resume_from(config: &TrainConfig) -> Result<Option<PathBuf>> {
     }
 }
 
-fn publish_adapter(config: &TrainConfig, trained: &Trained) -> Result<PathBuf> {
+fn publish_adapter(
+    config: &TrainConfig,
+    trained: &Trained,
+    card: &ModelCard<'_>,
+) -> Result<PathBuf> {
     let path = config.output_dir.join(ADAPTER_DIR);
     let dir = AtomicDir::replace_existing(&path)?;
     if let Some(adapter) = trained.adapter() {
         adapter.write_into(dir.path())?;
     }
+    write_atomic(dir.path().join(CARD_FILE), card.to_string().as_bytes())?;
+    write_atomic(dir.path().join(CURVES_FILE), curves::draw(card.lines).as_bytes())?;
     let manifest = Manifest::of_dir(dir.path())?;
     dir.commit(&manifest)?;
     Ok(path)
+}
+
+/// Rows whose loss is computed between steps.
+#[derive(Clone, Copy)]
+struct HeldOut<'a> {
+    model: &'a Llama,
+    examples: &'a [Example],
+    steps_per_epoch: u64,
+    comm: &'a dyn Communicator,
+}
+
+impl HeldOut<'_> {
+    /// The loss, where it is due behind `step`.
+    fn loss_behind(&self, step: u64, config: &TrainConfig, total: u64) -> Result<Option<f64>> {
+        let Some(eval) = &config.eval else { return Ok(None) };
+        if !eval.every.is_due(step, total, self.steps_per_epoch) {
+            return Ok(None);
+        }
+        let loss = held_out_loss(self.model, self.examples, eval.batch_size, self.comm)?;
+        tracing::info!(step, eval_loss = format_args!("{loss:.4}"), "held-out rows");
+        Ok(Some(loss))
+    }
 }
 
 struct Loop<'a> {
     config: &'a TrainConfig,
     config_hash: String,
     stop: &'a StopFlag,
+    held_out: HeldOut<'a>,
 }
 
 impl Loop<'_> {
-    fn run(&self, trainer: &mut Trainer<'_>) -> Result<Option<StepMetrics>> {
-        let mut metrics = self.open_metrics(trainer.steps_done())?;
+    fn run(&self, trainer: &mut Trainer<'_>) -> Result<Journal> {
+        let config = self.config;
+        let older = match config.resume {
+            Resume::Auto => Older::GoOn,
+            Resume::Never | Resume::From(_) => Older::SetAside,
+        };
+        let done = trainer.steps_done();
+        let mut journal = Journal::open(&config.output_dir, done, config.tensorboard, older)?;
         let total = trainer.total_steps();
         let progress = Progress::new(Some(total), "steps", true);
-        progress.inc(trainer.steps_done());
-        let mut last = None;
+        progress.begin_at(done);
         while trainer.steps_done() < total {
             let step = trainer.train_step()?;
-            metrics.append(&step)?;
             progress.inc(1);
             progress.message(format!(
                 "loss {:.4}, {:.0} tokens/s",
                 step.loss,
-                step.tokens as f64 / step.seconds
+                step.tokens_per_second()
             ));
-            if step.step % self.config.logging_steps == 0 || step.step == total {
+            if step.step % config.logging_steps == 0 || step.step == total {
                 log(&step);
             }
-            let due = step.step % self.config.save_steps == 0 || step.step == total;
+            let number = step.step;
+            let eval_loss = self.held_out.loss_behind(number, config, total)?;
+            journal.append(Line { step, eval_loss })?;
+            let due = number % config.save_steps == 0 || number == total;
             if due || self.stop.is_set() {
-                metrics.sync()?;
+                journal.sync()?;
                 let checkpoint = self.save(trainer)?;
+                journal.draw()?;
                 // A signal that came while the checkpoint was written needs no second one.
-                if self.stop.is_set() && step.step < total {
-                    return Err(Error::Stopped { step: step.step, checkpoint });
+                if self.stop.is_set() && number < total {
+                    return Err(Error::Stopped { step: number, checkpoint });
                 }
             }
-            last = Some(step);
         }
         progress.finish();
-        Ok(last)
+        Ok(journal)
     }
 
     fn save(&self, trainer: &Trainer<'_>) -> Result<PathBuf> {
@@ -228,26 +284,6 @@ impl Loop<'_> {
         checkpoint::rotate(&self.config.output_dir, self.config.save_total_limit)?;
         Ok(path)
     }
-
-    /// The metrics of the steps that the run goes on from; those that a killed run made behind its
-    /// last checkpoint will be made again.
-    fn open_metrics(&self, steps_done: u64) -> Result<JsonlAppender> {
-        let path = self.config.output_dir.join(METRICS_FILE);
-        let mut kept = Vec::new();
-        if path.exists() {
-            for line in read_jsonl::<StepMetrics>(&path)? {
-                // A torn last line is a step behind the checkpoint.
-                let Ok((_, step)) = line else { break };
-                if step.step <= steps_done {
-                    serde_json::to_writer(&mut kept, &step)
-                        .map_err(|error| Error::Io { path: path.clone(), source: error.into() })?;
-                    kept.push(b'\n');
-                }
-            }
-        }
-        write_atomic(&path, &kept)?;
-        Ok(JsonlAppender::open(&path)?.0)
-    }
 }
 
 fn log(step: &StepMetrics) {
@@ -257,7 +293,7 @@ fn log(step: &StepMetrics) {
         loss = format_args!("{:.4}", step.loss),
         learning_rate = format_args!("{:.3e}", step.learning_rate),
         grad_norm = format_args!("{:.3}", step.grad_norm),
-        tokens_per_second = format_args!("{:.0}", step.tokens as f64 / step.seconds),
+        tokens_per_second = format_args!("{:.0}", step.tokens_per_second()),
         "step"
     );
 }

@@ -15,6 +15,7 @@ use crate::{
     error::{Error, Result},
     half_block::{Half, HalfBlock, Keep},
     loss::{Head, head_loss},
+    metrics::not_finite,
     schedule::Schedule,
     trained::Trained,
 };
@@ -34,10 +35,12 @@ pub struct StepMetrics {
     /// Passes over the rows so far.
     pub epoch: f64,
     /// Mean of `-ln p` over all learned tokens of the step's rows.
+    #[serde(with = "not_finite")]
     pub loss: f64,
     /// Learning rate of the step.
     pub learning_rate: f64,
     /// Global norm of the gradients before clipping.
+    #[serde(with = "not_finite")]
     pub grad_norm: f64,
     /// Tokens read.
     pub tokens: usize,
@@ -49,6 +52,13 @@ pub struct StepMetrics {
     pub skipped: bool,
     /// The rows, in their order.
     pub example_ids: Vec<u64>,
+}
+
+impl StepMetrics {
+    /// Tokens read in a second.
+    pub fn tokens_per_second(&self) -> f64 {
+        self.tokens as f64 / self.seconds
+    }
 }
 
 /// Where a run stands: by what the next step finds its rows, its learning rate and its random

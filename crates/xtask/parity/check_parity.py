@@ -25,6 +25,8 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
+import check_results
+
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 STORIES = ROOT / "crates" / "llama" / "tests" / "data" / "stories260k"
 META_PROMPTS = ROOT / "prompts" / "dromedary_*prompt_distill.txt"
@@ -156,6 +158,7 @@ def check_programs(checks):
             rows = [tokenizer.encode(text).ids for text in [prompt, *QUESTIONS, " ".join(map(ANSWER.format, QUESTIONS))]]
             compare(checks, name, checkpoint, adapter, merged, rows, TOLERANCE)
             check_completion(checks, f"{name} merged", merged, prompt, 32)
+            check_results.check(checks, run, name, checkpoint, pathlib.Path(folder))
         check_completion(checks, name, checkpoint, prompt, 64)
 
 

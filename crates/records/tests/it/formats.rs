@@ -36,7 +36,13 @@ fn an_array_is_written_as_the_original_writes_it() {
     for example_id in 1..=2 {
         let (instruction, input) = ("a\nb".to_owned(), String::new());
         writer
-            .write(&TrainingRow { example_id, instruction, input, output: "é".to_owned() })
+            .write(&TrainingRow {
+                example_id,
+                instruction,
+                input,
+                output: "é".to_owned(),
+                meta_prompt: None,
+            })
             .unwrap();
     }
     assert!(!path.exists());

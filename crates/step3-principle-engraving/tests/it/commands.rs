@@ -130,30 +130,6 @@ fn a_second_run_on_the_same_output_is_refused() {
 }
 
 #[test]
-fn a_signal_ends_the_run_behind_a_checkpoint_and_the_next_run_finishes() {
-    let job = Job::new(40);
-    let flags = ["--max-steps", "400", "--save-steps", "1000", "--logging-steps", "1"];
-    let mut child = job.command("out", &flags).stderr(std::process::Stdio::null()).spawn().unwrap();
-    let metrics = job.path("out/metrics.jsonl");
-    let begun = || fs::read(&metrics).is_ok_and(|text| text.len() > 500);
-    for _ in 0..3000 {
-        if begun() {
-            break;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
-    let kill = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
-    assert!(kill.success());
-    assert_eq!(child.wait().unwrap().code(), Some(75));
-    let done = job.metrics("out").len();
-    assert!(done < 400);
-    assert!(job.path(&format!("out/checkpoint-{done}")).exists());
-    assert!(!job.path("out/adapter").exists());
-    succeeded(job.train("out", &flags));
-    assert_eq!(job.metrics("out").len(), 400);
-}
-
-#[test]
 fn only_so_many_checkpoints_are_kept() {
     let job = Job::new(8);
     succeeded(

@@ -208,7 +208,7 @@ struct Stopped {
 
 impl Stopped {
     fn at(job: &Job, output_dir: &str, point: &str) -> Self {
-        let child = job
+        let mut child = job
             .command(output_dir, &FLAGS)
             .env("DROMEDARY_FAULT", format!("rank=0,point={point},how=stop"))
             .stderr(Stdio::null())
@@ -222,17 +222,49 @@ impl Stopped {
             }
             thread::sleep(Duration::from_millis(10));
         }
-        panic!("not at {point} in two minutes");
+        child.kill().unwrap();
+        panic!("not at {point} in two minutes: {:?}", child.wait());
     }
 
     /// Sends the signals, lets the run go on and returns its exit code.
     fn go_on_with(mut self, signals: &[&str]) -> Option<i32> {
         for signal in [signals, &["-CONT"]].concat() {
-            let id = self.child.id().to_string();
-            assert!(Command::new("kill").args([signal, &id]).status().unwrap().success());
+            send(signal, &self.child);
         }
         self.child.wait().unwrap().code()
     }
+}
+
+/// Fault 5: a signal between two steps, wherever it comes.
+#[test]
+fn a_signal_ends_the_run_behind_a_checkpoint_and_the_next_run_computes_the_same_bits() {
+    let job = Job::new(40);
+    let flags = ["--max-steps", "400", "--save-steps", "1000"];
+    succeeded(job.train("whole", &flags));
+    let outcome = |dir: &str| {
+        let metrics = job.metrics(dir);
+        let rows: Vec<Value> = metrics.iter().map(|step| step["example_ids"].clone()).collect();
+        let steps: Vec<_> = metrics.iter().map(computed).collect();
+        (steps, rows, file(&job.path(dir), "adapter/adapter_model.safetensors"))
+    };
+    for signal in ["-TERM", "-USR1", "-INT"] {
+        let mut child = job.command(signal, &flags).stderr(Stdio::null()).spawn().unwrap();
+        job.wait_for_metrics(signal);
+        send(signal, &child);
+        assert_eq!(child.wait().unwrap().code(), Some(75), "{signal}");
+        let done = job.metrics(signal).len();
+        assert!(done < 400, "{signal}");
+        assert_eq!(good(&job, signal), [format!("checkpoint-{done}")]);
+        assert!(!job.path(signal).join("adapter").exists());
+        succeeded(job.train(signal, &flags));
+        assert!(outcome(signal) == outcome("whole"), "{signal}");
+    }
+}
+
+fn send(signal: &str, child: &std::process::Child) {
+    assert!(
+        Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success()
+    );
 }
 
 #[test]

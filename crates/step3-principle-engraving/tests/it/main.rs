@@ -6,5 +6,7 @@ mod commands; // the program as a user runs it, interruptions included
 mod faults; // runs that are killed, stopped, or find damaged checkpoints
 mod goldens; // PEFT's gradients and losses
 mod gradients; // half-blocks and head against one whole graph
+mod inspect; // what a data set holds, before any step
 mod job; // a run as a user starts it
+mod results; // what a run leaves: metrics, curves, card, held-out losses, schedules
 mod support; // a small real model and rows to train on
