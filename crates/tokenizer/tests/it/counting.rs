@@ -1,8 +1,64 @@
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use dromedary_tokenizer::Tokenizer;
+use flate2::read::GzDecoder;
 use proptest::prelude::*;
+use serde::Deserialize;
 
 use crate::vocabularies::{self, Vocabulary, cases, text};
+
+/// What Hugging Face's Python package counts.
+#[derive(Deserialize)]
+struct Golden {
+    hard: Vec<String>,
+    /// Units of a text, and how many it has.
+    large: Vec<(String, usize)>,
+    lengths: BTreeMap<String, Lengths>,
+}
+
+#[derive(Deserialize)]
+struct Lengths {
+    hard: Vec<usize>,
+    real: Vec<usize>,
+    large: Vec<usize>,
+}
+
+fn golden() -> Golden {
+    let packed = include_bytes!("../data/lengths.json.gz");
+    serde_json::from_reader(GzDecoder::new(&packed[..])).unwrap()
+}
+
+#[track_caller]
+fn check(vocabulary: &Vocabulary, tokenizer: &Tokenizer, text: &str, length: usize) {
+    let shown = || format!("{} {:?}", vocabulary.name, &text[..text.len().min(200)]);
+    assert_eq!(tokenizer.len_with_bos(text), length, "{}", shown());
+    for limit in [length.saturating_sub(1), length, 256] {
+        assert_eq!(tokenizer.fits(text, limit), length <= limit, "{} {limit}", shown());
+    }
+}
+
+#[test]
+fn lengths_are_those_of_hugging_face() {
+    let (golden, real) = (golden(), real_texts());
+    for vocabulary in vocabularies::all() {
+        let (tokenizer, lengths) = (vocabulary.open(), &golden.lengths[vocabulary.name]);
+        assert_eq!(lengths.hard.len(), 4000);
+        for (text, &length) in golden.hard.iter().zip(&lengths.hard) {
+            check(&vocabulary, &tokenizer, text, length);
+        }
+        for ((unit, times), &length) in golden.large.iter().zip(&lengths.large) {
+            let counted = tokenizer.len_with_bos(&unit.repeat(*times));
+            assert_eq!(counted, length, "{} {unit:?}", vocabulary.name);
+        }
+        if !real.is_empty() {
+            assert_eq!(real.len(), lengths.real.len(), "the samples are others");
+        }
+        for (text, &length) in real.iter().zip(&lengths.real) {
+            check(&vocabulary, &tokenizer, text, length);
+        }
+    }
+}
 
 /// Texts that are cut in many ways: scripts without spaces, marks that combine, emoji of several
 /// characters, runs of one thing.
