@@ -54,7 +54,7 @@ pub use args::{Common, boolean, normalize_args, parse};
 pub use config::{ignored_flags, layered, print_config, required};
 pub use error::{Error, Result};
 pub use logging::init_logging;
-pub use page::{Bars, Excerpt, Excerpts, ReportPage, Table};
+pub use page::{Bars, Cell, Excerpt, Excerpts, ReportPage, Table, grouped};
 pub use progress::Progress;
 pub use run::{exit_code, run};
 pub use stop::{CriticalSection, StopFlag};

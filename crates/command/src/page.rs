@@ -11,27 +11,31 @@ const CHART: (u32, u32) = (860, 320);
 const COLORS: [&str; 7] =
     ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442"];
 
-/// A report as one HTML file that needs nothing else: tables, bars and excerpts of texts.
+/// A report as one HTML file that needs nothing else: figures, tables, bars and excerpts of texts.
 ///
 /// All texts are escaped; none can become a part of the page.
 ///
 /// ```
-/// use dromedary_command::{Bars, ReportPage, Table};
+/// use dromedary_command::{Bars, Cell, ReportPage, Table};
 ///
 /// # fn main() -> dromedary_command::Result<()> {
+/// let fruit = Table::new("Fruit", ["tree", "apples"])
+///     .row([Cell::text("north"), Cell::count(1200)])
+///     .row([Cell::text("<south>"), Cell::count(30)]);
 /// let html = ReportPage::new("harvest")
-///     .fact("year", "2024")
-///     .table(Table::new("Fruit", ["tree", "apples"]).row(["north", "12"]).row(["<south>", "30"]))
+///     .figure("apples", "1,230")
+///     .table(fruit)
 ///     .bars(Bars::new("Weights", "grams", 50).series("north", vec![0, 3, 9]))
+///     .facts("Settings", [("year", "2024")])
 ///     .render()?;
-/// assert!(html.contains("&lt;south&gt;") && html.contains("<svg"));
+/// assert!(html.contains("&lt;south&gt;") && html.contains("1,200") && html.contains("<svg"));
 /// # Ok(())
 /// # }
 /// ```
 #[derive(Clone, Debug, Serialize)]
 pub struct ReportPage {
     title: String,
-    facts: Vec<(String, String)>,
+    figures: Vec<(String, String)>,
     sections: Vec<Section>,
 }
 
@@ -41,20 +45,25 @@ enum Section {
     Table(Table),
     Bars { title: String, note: String, svg: String, legend: Vec<(String, &'static str)> },
     Excerpts(Excerpts),
+    Facts { title: String, facts: Vec<(String, String)> },
 }
 
-/// A table; cells that are numbers stand to the right.
+/// A table.
 #[derive(Clone, Debug, Serialize)]
 pub struct Table {
     title: String,
+    note: String,
     columns: Vec<String>,
     rows: Vec<Vec<Cell>>,
+    has_sum: bool,
 }
 
+/// A cell of a [`Table`].
 #[derive(Clone, Debug, Serialize)]
-struct Cell {
+pub struct Cell {
     text: String,
-    is_number: bool,
+    class: &'static str,
+    share: Option<f64>,
 }
 
 /// Bars that stand side by side, each as wide as a class of values and as high as its count; series
@@ -67,32 +76,60 @@ pub struct Bars {
     series: Vec<(String, Vec<u64>)>,
 }
 
-/// Excerpts of texts under captions, folded away until somebody opens them.
+/// Excerpts of texts under captions, in groups; folded away until somebody opens them.
 #[derive(Clone, Debug, Serialize)]
 pub struct Excerpts {
+    title: String,
+    groups: Vec<Group>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Group {
     title: String,
     items: Vec<Excerpt>,
 }
 
-/// A caption and texts below it, each behind its label.
+/// A caption and labelled texts below it.
 #[derive(Clone, Debug, Serialize)]
 pub struct Excerpt {
-    /// Stands above.
-    pub caption: String,
-    /// Label and text.
-    pub texts: Vec<(String, String)>,
+    caption: String,
+    texts: Vec<Labelled>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Labelled {
+    label: String,
+    parts: Vec<Part>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Part {
+    text: String,
+    is_cut: bool,
 }
 
 impl ReportPage {
     /// An empty page.
     pub fn new(title: impl Into<String>) -> ReportPage {
-        ReportPage { title: title.into(), facts: Vec::new(), sections: Vec::new() }
+        ReportPage { title: title.into(), figures: Vec::new(), sections: Vec::new() }
     }
 
-    /// Adds a line to the facts at the top.
+    /// Adds one of the few figures at the top that sum everything up.
     #[must_use]
-    pub fn fact(mut self, name: impl Into<String>, value: impl Into<String>) -> ReportPage {
-        self.facts.push((name.into(), value.into()));
+    pub fn figure(mut self, name: impl Into<String>, value: impl Into<String>) -> ReportPage {
+        self.figures.push((name.into(), value.into()));
+        self
+    }
+
+    /// Adds a list of names and values.
+    #[must_use]
+    pub fn facts<N: Into<String>, V: Into<String>>(
+        mut self,
+        title: impl Into<String>,
+        facts: impl IntoIterator<Item = (N, V)>,
+    ) -> ReportPage {
+        let facts = facts.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
+        self.sections.push(Section::Facts { title: title.into(), facts });
         self
     }
 
@@ -110,7 +147,7 @@ impl ReportPage {
         let names = bars.series.iter().map(|(name, _)| name.clone());
         let section = Section::Bars {
             title: bars.title.clone(),
-            note: format!("{total} in classes of {} {}", bars.width, bars.unit),
+            note: format!("{} in classes of {} {}", grouped(total), bars.width, bars.unit),
             svg: if total == 0 { String::new() } else { bars.draw() },
             legend: names.zip(COLORS.into_iter().cycle()).collect(),
         };
@@ -118,10 +155,12 @@ impl ReportPage {
         self
     }
 
-    /// Adds excerpts.
+    /// Adds excerpts, if there are any.
     #[must_use]
     pub fn excerpts(mut self, excerpts: Excerpts) -> ReportPage {
-        self.sections.push(Section::Excerpts(excerpts));
+        if !excerpts.groups.is_empty() {
+            self.sections.push(Section::Excerpts(excerpts));
+        }
         self
     }
 
@@ -145,16 +184,67 @@ impl Table {
         columns: impl IntoIterator<Item = C>,
     ) -> Table {
         let columns = columns.into_iter().map(Into::into).collect();
-        Table { title: title.into(), columns, rows: Vec::new() }
+        let (title, note) = (title.into(), String::new());
+        Table { title, note, columns, rows: Vec::new(), has_sum: false }
+    }
+
+    /// The same with a sentence above it.
+    #[must_use]
+    pub fn note(mut self, note: impl Into<String>) -> Table {
+        self.note = note.into();
+        self
     }
 
     /// The same with one more row.
     #[must_use]
-    pub fn row<C: Into<String>>(mut self, cells: impl IntoIterator<Item = C>) -> Table {
-        let cell = |text: String| Cell { is_number: text.parse::<f64>().is_ok(), text };
-        self.rows.push(cells.into_iter().map(|text| cell(text.into())).collect());
+    pub fn row(mut self, cells: impl IntoIterator<Item = Cell>) -> Table {
+        self.rows.push(cells.into_iter().collect());
         self
     }
+
+    /// The same with a last row that sums the others up.
+    #[must_use]
+    pub fn sum(mut self, cells: impl IntoIterator<Item = Cell>) -> Table {
+        self.has_sum = true;
+        self.row(cells)
+    }
+}
+
+impl Cell {
+    /// A text.
+    pub fn text(text: impl Into<String>) -> Cell {
+        Cell { text: text.into(), class: "", share: None }
+    }
+
+    /// Digits that nobody reads as a number, such as a hash.
+    pub fn hash(text: impl Into<String>) -> Cell {
+        Cell { class: "hash", ..Cell::text(text) }
+    }
+
+    /// A number of things.
+    pub fn count(count: u64) -> Cell {
+        Cell { class: "number", ..Cell::text(grouped(count)) }
+    }
+
+    /// A part of a whole, drawn beside its percentage; nothing where there is no whole.
+    pub fn share(part: u64, whole: u64) -> Cell {
+        let share = (whole > 0).then(|| part as f64 / whole as f64);
+        let text = share.map_or_else(String::new, |share| format!("{:.1} %", 100.0 * share));
+        Cell { text, class: "number", share }
+    }
+}
+
+/// The number with commas between its thousands.
+pub fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
+    for (place, digit) in digits.chars().enumerate() {
+        if place > 0 && (digits.len() - place).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
 }
 
 impl Bars {
@@ -218,12 +308,50 @@ fn color_of(hex: &str) -> RGBColor {
 impl Excerpts {
     /// No excerpts yet.
     pub fn new(title: impl Into<String>) -> Excerpts {
-        Excerpts { title: title.into(), items: Vec::new() }
+        Excerpts { title: title.into(), groups: Vec::new() }
     }
 
-    /// Adds one.
-    pub fn push(&mut self, excerpt: Excerpt) {
-        self.items.push(excerpt);
+    /// Adds one to the group of that title, which is new if it is not the last one.
+    pub fn push(&mut self, group: &str, excerpt: Excerpt) {
+        match self.groups.last_mut().filter(|last| last.title == group) {
+            Some(last) => last.items.push(excerpt),
+            None => self.groups.push(Group { title: group.to_owned(), items: vec![excerpt] }),
+        }
+    }
+}
+
+impl Excerpt {
+    /// A caption with no text yet.
+    pub fn new(caption: impl Into<String>) -> Excerpt {
+        Excerpt { caption: caption.into(), texts: Vec::new() }
+    }
+
+    /// The same with one more text.
+    #[must_use]
+    pub fn text(self, label: impl Into<String>, text: impl Into<String>) -> Excerpt {
+        self.parts(label, vec![Part { text: text.into(), is_cut: false }])
+    }
+
+    /// The same with a text of which `kept` alone is left: the rest is marked, where `kept` is a
+    /// part of it.
+    #[must_use]
+    pub fn cut_text(self, label: impl Into<String>, text: &str, kept: &str) -> Excerpt {
+        let Some(start) = text.find(kept) else {
+            return self.text(label, text);
+        };
+        let part = |text: &str, is_cut| Part { text: text.to_owned(), is_cut };
+        let parts = vec![
+            part(&text[..start], true),
+            part(kept, false),
+            part(&text[start + kept.len()..], true),
+        ];
+        self.parts(label, parts)
+    }
+
+    fn parts(mut self, label: impl Into<String>, mut parts: Vec<Part>) -> Excerpt {
+        parts.retain(|part| !part.text.is_empty());
+        self.texts.push(Labelled { label: label.into(), parts });
+        self
     }
 }
 
@@ -235,18 +363,19 @@ mod tests {
     fn no_text_becomes_a_part_of_the_page() {
         let evil = "</pre><script>alert(1)</script>{{ title }}'\"&";
         let mut excerpts = Excerpts::new(evil);
-        excerpts.push(Excerpt {
-            caption: evil.to_owned(),
-            texts: vec![(evil.to_owned(), evil.to_owned())],
-        });
+        let excerpt = Excerpt::new(evil).text(evil, evil).cut_text(evil, &evil.repeat(3), evil);
+        excerpts.push(evil, excerpt);
+        let cells = || [Cell::text(evil), Cell::hash(evil)];
         let html = ReportPage::new(evil)
-            .fact(evil, evil)
-            .table(Table::new(evil, [evil]).row([evil]))
+            .figure(evil, evil)
+            .facts(evil, [(evil, evil)])
+            .table(Table::new(evil, [evil, evil]).note(evil).row(cells()).sum(cells()))
             .bars(Bars::new(evil, evil, 1).series(evil, vec![1]))
             .excerpts(excerpts)
             .render()
             .unwrap();
-        assert!(!html.contains("<script") && !html.contains("</pre><"), "{html}");
+        assert!(!html.contains("<script"), "{html}");
+        assert_eq!(html.matches("</pre>").count(), 2, "{html}");
         assert!(html.contains("&lt;script&gt;alert(1)&lt;"), "{html}");
         assert!(html.contains("{{ title }}"));
     }
@@ -269,6 +398,28 @@ mod tests {
         assert!((drawn[1] / drawn[0] - 4.0).abs() < 0.2, "{drawn:?}");
         assert!((drawn[1] / drawn[2] - 2.0).abs() < 0.1, "{drawn:?}");
         assert!(heights(vec![0, 0]).is_empty());
+    }
+
+    #[test]
+    fn numbers_are_written_for_people() {
+        for (number, text) in [(0, "0"), (999, "999"), (1000, "1,000"), (1_234_567, "1,234,567")] {
+            assert_eq!(grouped(number), text);
+        }
+        assert_eq!(Cell::share(1, 3).text, "33.3 %");
+        assert_eq!((Cell::share(0, 0).text.as_str(), Cell::share(0, 0).share), ("", None));
+    }
+
+    #[test]
+    fn what_is_cut_is_marked() {
+        let shown = |text: &str, kept: &str| {
+            let mut excerpts = Excerpts::new("t");
+            excerpts.push("g", Excerpt::new("c").cut_text("before", text, kept));
+            let html = ReportPage::new("t").excerpts(excerpts).render().unwrap();
+            let (_, behind) = html.split_once("<pre>").unwrap();
+            behind.split_once("</pre>").unwrap().0.to_owned()
+        };
+        assert_eq!(shown("1 / 1 why? ", "why?"), "<del>1 &#x2f; 1 </del>why?<del> </del>");
+        assert_eq!(shown("a", "b"), "a");
     }
 
     #[test]

@@ -76,6 +76,21 @@ impl Edit {
             Edit::Banner => "banner",
         }
     }
+
+    /// What it takes away, in the page of a report.
+    pub fn meaning(self) -> &'static str {
+        match self {
+            Edit::Whitespace => "white space at the ends",
+            Edit::LeadingCounter => "a counter of page variants at the start",
+            Edit::TrailingCounter => "a counter of page variants at the end",
+            Edit::PageMark => "a page's mark and what stands before it",
+            Edit::Footer => "a footer and what stands behind it",
+            Edit::LanguageBlock => "a choice of languages and what stands behind it",
+            Edit::Button => "the text of a button at the end",
+            Edit::LanguageName => "the name of a language at the end",
+            Edit::Banner => "a banner at the start",
+        }
+    }
 }
 
 /// A text without its page chrome, and the rules that changed it, each named once.

@@ -94,6 +94,32 @@ impl DropReason {
             DropReason::NotSampled => "not_sampled",
         }
     }
+
+    /// What it means, in the page of a report.
+    pub fn meaning(self) -> &'static str {
+        match self {
+            DropReason::BadRow => {
+                "it cannot be read: no JSON, or a field is missing or of another type"
+            }
+            DropReason::SingleTurn => "the conversation has fewer than two turns",
+            DropReason::NotHumanFirst => "the first turn is not the human's",
+            DropReason::OtherCategory => "a Dolly category that needs a context to be answered",
+            DropReason::HasContext => "a Dolly row with a context",
+            DropReason::NotARoot => "a message that answers another one",
+            DropReason::NoReply => "a prompt that nobody answered",
+            DropReason::Empty => "no text is left",
+            DropReason::TooShort => "fewer tokens than --min-prompt-len",
+            DropReason::TooLong => "more tokens than --max-prompt-len",
+            DropReason::NliTask => "a task of natural-language inference",
+            DropReason::Duplicate => "the prompt was seen before",
+            DropReason::NearDuplicate => "an earlier prompt differs in little (--near-duplicates)",
+            DropReason::OtherLanguage => "surely in none of --languages",
+            DropReason::Contaminated => "a part stands in a file of --decontaminate",
+            DropReason::OverCap => "the source or stratum has its number of rows without it",
+            DropReason::OverMix => "the ratio of --mix has no place for it",
+            DropReason::NotSampled => "the share of --sample was drawn without it",
+        }
+    }
 }
 
 /// Recognises the natural-language-inference tasks of OpenOrca by their words.

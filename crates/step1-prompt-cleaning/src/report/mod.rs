@@ -4,6 +4,7 @@ mod page;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use dromedary_command::grouped;
 use serde::{Deserialize, Serialize};
 
 use crate::explain::Explanation;
@@ -188,28 +189,28 @@ impl Report {
     /// Logs one line a source.
     pub(crate) fn log(&self) {
         for (source, counts) in &self.sources {
+            let (rows, kept) = (grouped(counts.rows), grouped(counts.kept));
+            let (dropped, edited) = (listed(&counts.dropped), listed(&counts.edits));
             tracing::info!(
-                "{source}: {} rows, {} kept; dropped: {}; edited: {}",
-                counts.rows,
-                counts.kept,
-                listed(&counts.dropped),
-                listed(&counts.edits),
+                "{source}: {rows} rows, {kept} kept; dropped: {dropped}; edited: {edited}"
             );
         }
-        tracing::info!("{} rows written to {}", self.rows_out, self.output.display());
+        let rows = grouped(self.rows_out);
+        tracing::info!("{rows} rows written to {}", self.output.display());
     }
 
     /// The error of a command that nothing came out of.
     pub(crate) fn none_left(&self) -> Error {
-        let mut dropped = BTreeMap::new();
-        for (reason, rows) in self.sources.values().flat_map(|counts| &counts.dropped) {
-            *dropped.entry(reason.clone()).or_default() += rows;
-        }
-        Error::NoneLeft {
-            rows: self.sources.values().map(|counts| counts.rows).sum(),
-            dropped: listed(&dropped),
-            output: self.output.clone(),
-        }
+        let all = self.all();
+        let (dropped, output) = (listed(&all.dropped), self.output.clone());
+        Error::NoneLeft { rows: all.rows, dropped, output }
+    }
+
+    /// The counts of all sources together.
+    fn all(&self) -> SourceCounts {
+        let mut all = SourceCounts::default();
+        self.sources.values().for_each(|counts| all.add(counts));
+        all
     }
 
     /// Writes `report.json` and `report.html` into the folder.
@@ -238,6 +239,6 @@ fn listed(counts: &BTreeMap<String, u64>) -> String {
         return "none".to_owned();
     }
     let entries: Vec<String> =
-        counts.iter().map(|(reason, rows)| format!("{rows} {reason}")).collect();
+        counts.iter().map(|(reason, rows)| format!("{} {reason}", grouped(*rows))).collect();
     entries.join(", ")
 }
