@@ -1,10 +1,13 @@
 use std::borrow::Cow;
+use std::fmt::Write;
 use std::io::{self, IsTerminal};
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressState, ProgressStyle};
+
+use crate::grouped;
 
 /// How often a plain line is logged where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -124,13 +127,23 @@ impl Drop for Progress {
     }
 }
 
-const WITH_TOTAL: &str = "{wide_bar} {human_pos}/{human_len} {prefix} {per_sec} eta {eta} {msg}";
-const WITHOUT_TOTAL: &str = "{spinner} {human_pos} {prefix} {per_sec} {elapsed} {msg}";
+const WITH_TOTAL: &str =
+    "{wide_bar} {human_pos}/{human_len} {prefix} {rate} {prefix}/s eta {eta} {msg}";
+const WITHOUT_TOTAL: &str = "{spinner} {human_pos} {prefix} {rate} {prefix}/s {elapsed} {msg}";
 
 fn set_style(bar: &ProgressBar, template: &str) {
+    let rate = |state: &ProgressState, text: &mut dyn Write| {
+        // A text that cannot be written is not drawn.
+        let _ = text.write_str(&rate_text(state.per_sec()));
+    };
     if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style);
+        bar.set_style(style.with_key("rate", rate));
     }
+}
+
+/// Two decimals tell slow things apart, and none are read of fast ones.
+fn rate_text(rate: f64) -> String {
+    if rate < 100.0 { format!("{rate:.2}") } else { grouped(rate as u64) }
 }
 
 fn bar(total: Option<u64>, unit: &'static str) -> ProgressBar {
@@ -163,10 +176,10 @@ impl Lines {
         let seconds = now.duration_since(self.start).as_secs_f64();
         let own = (self.done - self.begun_at) as f64;
         let rate = if seconds > 0.0 { own / seconds } else { 0.0 };
-        let (done, unit) = (self.done, self.unit);
-        let mut line = match self.total {
-            Some(total) => format!("{done}/{total} {unit}, {rate:.2}/s"),
-            None => format!("{done} {unit}, {rate:.2}/s"),
+        let (done, unit, rate_text) = (grouped(self.done), self.unit, rate_text(rate));
+        let mut line = match self.total.map(grouped) {
+            Some(total) => format!("{done}/{total} {unit}, {rate_text} {unit}/s"),
+            None => format!("{done} {unit}, {rate_text} {unit}/s"),
         };
         if let Some(left) = self.seconds_left(rate) {
             line += &format!(", {} left", HumanDuration(Duration::from_secs(left)));
@@ -199,7 +212,7 @@ mod tests {
         let early = at(&lines, 9);
         assert_eq!(lines.inc(9, early), None);
         let due = at(&lines, 10);
-        assert_eq!(lines.inc(1, due).unwrap(), "10/40 rows, 1.00/s, 30 seconds left");
+        assert_eq!(lines.inc(1, due).unwrap(), "10/40 rows, 1.00 rows/s, 30 seconds left");
         let soon = at(&lines, 11);
         assert_eq!(lines.inc(1, soon), None);
     }
@@ -213,7 +226,7 @@ mod tests {
         let mut lines = lines.lock().unwrap();
         let due = at(&lines, 10);
         let line = lines.inc(5, due).unwrap();
-        assert_eq!(line, "85/100 steps, 0.50/s, 30 seconds left");
+        assert_eq!(line, "85/100 steps, 0.50 steps/s, 30 seconds left");
     }
 
     #[test]
@@ -221,7 +234,7 @@ mod tests {
         let mut lines = Lines::new(None, "steps");
         lines.message = "loss 1.5".into();
         let due = at(&lines, 20);
-        assert_eq!(lines.inc(5, due).unwrap(), "5 steps, 0.25/s, loss 1.5");
+        assert_eq!(lines.inc(5, due).unwrap(), "5 steps, 0.25 steps/s, loss 1.5");
     }
 
     #[test]
@@ -231,14 +244,22 @@ mod tests {
         let Display::Lines(lines) = &progress.display else { panic!("lines were asked for") };
         let mut lines = lines.lock().unwrap();
         let due = at(&lines, 10);
-        assert_eq!(lines.inc(10, due).unwrap(), "10/30 rows, 1.00/s, 20 seconds left");
+        assert_eq!(lines.inc(10, due).unwrap(), "10/30 rows, 1.00 rows/s, 20 seconds left");
     }
 
     #[test]
     fn more_than_the_total_does_no_harm() {
         let mut lines = Lines::new(Some(1), "rows");
         let due = at(&lines, 10);
-        assert_eq!(lines.inc(2, due).unwrap(), "2/1 rows, 0.20/s");
+        assert_eq!(lines.inc(2, due).unwrap(), "2/1 rows, 0.20 rows/s");
+    }
+
+    #[test]
+    fn large_numbers_are_written_for_people() {
+        let mut lines = Lines::new(Some(1_500_000), "rows");
+        let due = at(&lines, 10);
+        let line = lines.inc(1_234_567, due).unwrap();
+        assert_eq!(line, "1,234,567/1,500,000 rows, 123,456 rows/s, 2 seconds left");
     }
 
     #[test]

@@ -24,6 +24,7 @@ const MAX_AT_ONCE: usize = 16;
 /// process, however that ends.
 pub(crate) struct KeyedBuckets {
     buckets: Vec<BufWriter<SpooledTempFile>>,
+    rows: u64,
     folder: PathBuf,
 }
 
@@ -57,11 +58,17 @@ impl KeyedBuckets {
         let file = || tempfile::spooled_tempfile_in(BUCKET_MEMORY, &folder);
         let bucket = || BufWriter::with_capacity(BUFFER, file());
         let buckets = std::iter::repeat_with(bucket).take(BUCKETS).collect();
-        KeyedBuckets { buckets, folder }
+        KeyedBuckets { buckets, rows: 0, folder }
+    }
+
+    /// How many rows there are.
+    pub(crate) fn rows(&self) -> u64 {
+        self.rows
     }
 
     /// Adds a row and its number.
     pub(crate) fn push(&mut self, number: u64, row: postcard::Result<Spilled>) -> Result<()> {
+        self.rows += 1;
         row.map_err(io::Error::other)
             .and_then(|row| {
                 // The shift leaves a number below BUCKETS.

@@ -5,10 +5,10 @@ use dromedary_command::required;
 use dromedary_records::RowWriter;
 use serde::{Deserialize, Serialize};
 
+use super::notes::Notes;
 use super::settings::{SharedArgs, SharedConfig, refuse_overwriting};
 use super::{Outcome, Run, Session, make_report_folder, on_threads};
-use crate::explain::{Explanation, Search};
-use crate::report::{Ledger, Report, RowName};
+use crate::report::{Report, RowName};
 use crate::sources::{Fault, Offer, found_files, one_or_many, sharegpt};
 use crate::text::strip;
 use crate::{
@@ -78,12 +78,12 @@ fn aggregate(config: &AggregateConfig, session: &Session) -> Result<Report> {
     let not_blank = (rules == Rules::Corrected).then_some(NotBlank);
     let mut collector = Collector {
         pipeline: Pipeline::new().with_some(not_blank),
+        keeps_originals: config.shared.keeps_originals(),
         seen: BTreeMap::new(),
-        ledger: Ledger::new(config.shared.report.is_some()),
-        search: Search::new(config.shared.explain.as_deref()),
+        notes: Notes::new(&config.shared),
         writer: RowWriter::create(&config.output_file)?,
     };
-    collector.ledger.open(Source::ShareGpt.name());
+    collector.notes.ledger.open(Source::ShareGpt.name());
     let mut run = Run::new(session, config.shared.max_bad_rows, &config.data_files);
     for file in &config.data_files {
         run.read(file, sharegpt(file)?, |offer| judge(rules, offer), |row| collector.admit(row))?;
@@ -94,8 +94,7 @@ fn aggregate(config: &AggregateConfig, session: &Session) -> Result<Report> {
         shared: &config.shared,
         output: &config.output_file,
         references: Vec::new(),
-        ledger: collector.ledger,
-        search: collector.search,
+        notes: collector.notes,
         writer: collector.writer,
     })
 }
@@ -126,52 +125,48 @@ fn judge(rules: Rules, offer: Offer) -> Opening {
 /// Keeps the first of equal questions.
 struct Collector {
     pipeline: Pipeline,
+    /// Whether a row is remembered as it was read.
+    keeps_originals: bool,
     seen: BTreeMap<Fingerprint, u64>,
-    ledger: Ledger,
-    search: Search,
+    notes: Notes,
     writer: RowWriter,
 }
 
 impl Collector {
     fn admit(&mut self, row: std::result::Result<Opening, Fault>) -> Result<()> {
         let source = Source::ShareGpt;
-        let number = self.ledger.row(source.name());
+        let number = self.notes.ledger.row(source.name());
         let name = RowName { source: source.name(), number };
-        let (fingerprint, draft) = match row {
-            Ok(Ok(opening)) => opening,
+        match row {
+            Err(fault) => self.notes.bad(name, source, fault),
             Ok(Err((reason, text))) => {
-                self.leave_out(name, Draft::new(source, text), Dropped::plain(reason));
-                return Ok(());
+                self.notes.unfit(name, Draft::new(source, text), &Dropped::plain(reason));
             }
-            Err(Fault(fault)) => {
-                let dropped = Dropped::with(DropReason::BadRow, fault);
-                self.leave_out(name, Draft::new(source, ""), dropped);
-                return Ok(());
-            }
-        };
-        if self.search.is_wanted(name, [&draft]) {
-            self.search.found(Explanation::judged(name, draft.clone(), &self.pipeline));
-        }
-        let Judged { draft, dropped, .. } = self.pipeline.judge(draft);
-        let dropped = dropped.or_else(|| self.equal(name, fingerprint));
-        match dropped {
-            Some(dropped) => {
-                self.ledger.dropped(source.name(), name, &dropped, || draft.instruction);
-            }
-            None => {
-                self.ledger.kept(source.name(), None);
-                self.writer.write(&draft.into_prompt())?;
-            }
+            Ok(Ok((fingerprint, draft))) => self.admit_opening(name, fingerprint, draft)?,
         }
         Ok(())
     }
 
-    fn leave_out(&mut self, name: RowName<'_>, draft: Draft, dropped: Dropped) {
-        if self.search.is_wanted(name, [&draft]) {
-            let text = draft.instruction.clone();
-            self.search.found(Explanation::unfit(name, text, dropped.clone()));
+    fn admit_opening(
+        &mut self,
+        name: RowName<'_>,
+        fingerprint: Fingerprint,
+        draft: Draft,
+    ) -> Result<()> {
+        let original = self.keeps_originals.then(|| draft.clone());
+        let judged = self.pipeline.judge(draft);
+        self.notes.judged(name.source, name, &self.pipeline, original.as_ref(), &judged);
+        let Judged { draft, dropped, .. } = judged;
+        match dropped.or_else(|| self.equal(name, fingerprint)) {
+            Some(dropped) => {
+                self.notes.ledger.dropped(name.source, name, &dropped, || draft.instruction);
+            }
+            None => {
+                self.notes.ledger.kept(name.source, None);
+                self.writer.write(&draft.into_prompt())?;
+            }
         }
-        self.ledger.dropped(name.source, name, &dropped, || draft.instruction);
+        Ok(())
     }
 
     fn equal(&mut self, name: RowName<'_>, fingerprint: Fingerprint) -> Option<Dropped> {
@@ -180,7 +175,7 @@ impl Collector {
             let first = RowName { number: first, ..name };
             Dropped::with(DropReason::Duplicate, format!("of {first}"))
         });
-        self.search.step(name, "duplicates", dropped.clone());
+        self.notes.step(name, "duplicates", dropped.clone());
         dropped
     }
 }

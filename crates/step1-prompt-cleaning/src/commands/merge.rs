@@ -197,15 +197,14 @@ fn merge(config: &MergeConfig, session: &Session) -> Result<Report> {
             )?;
         }
     }
-    let (ledger, search) = merger.write(&mut writer)?;
+    let notes = merger.write(&mut run, &mut writer)?;
     run.publish(Outcome {
         command: COMMAND,
         settings: serde_json::to_value(config),
         shared: &config.shared,
         output: &config.output_file,
         references: config.references(),
-        ledger,
-        search,
+        notes,
         writer,
     })
 }

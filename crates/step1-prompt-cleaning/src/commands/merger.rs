@@ -6,10 +6,11 @@ use std::sync::Arc;
 use dromedary_records::{Prompt, RowWriter};
 use serde::{Deserialize, Serialize};
 
+use super::Run;
 use super::merge::MergeConfig;
+use super::notes::{Fate, Notes};
 use crate::buckets::{Entry, KeyedBuckets, Spilled, folder_of};
-use crate::explain::{Explanation, Search};
-use crate::report::{Ledger, RowName};
+use crate::report::RowName;
 use crate::selection::Selection;
 use crate::sources::{Fault, Offer};
 use crate::{
@@ -76,14 +77,13 @@ impl Judge {
             .with(length)
             .with_some(languages)
             .with_some(benchmarks);
-        let reports = config.shared.report.is_some();
         Ok(Judge {
             rules: config.shared.compat.into(),
             order: KeyedOrder::new(config.judge.seed),
             pipeline,
             sketcher: optional.near_duplicates.map(Sketcher::new),
-            counter: reports.then_some(counter),
-            keeps_originals: reports || config.shared.explain.is_some(),
+            counter: config.shared.report.is_some().then_some(counter),
+            keeps_originals: config.shared.keeps_originals(),
         })
     }
 
@@ -165,8 +165,7 @@ pub(super) struct Merger<'j> {
     selection: Selection,
     keys: BTreeMap<Source, Vec<u64>>,
     buckets: KeyedBuckets,
-    ledger: Ledger,
-    search: Search,
+    notes: Notes,
 }
 
 impl<'j> Merger<'j> {
@@ -183,14 +182,13 @@ impl<'j> Merger<'j> {
             selection: config.optional.selection(),
             keys: BTreeMap::new(),
             buckets: KeyedBuckets::beside(&config.output_file),
-            ledger: Ledger::new(config.shared.report.is_some()),
-            search: Search::new(config.shared.explain.as_deref()),
+            notes: Notes::new(&config.shared),
         })
     }
 
     /// The rows of a source follow.
     pub(super) fn begin(&mut self, source: Source) {
-        self.ledger.open(source.name());
+        self.notes.ledger.open(source.name());
         if self.selection.counts_prompts() {
             self.keys.insert(source, Vec::new());
         }
@@ -201,49 +199,26 @@ impl<'j> Merger<'j> {
         source: Source,
         verdict: std::result::Result<Verdict, Fault>,
     ) -> Result<()> {
-        let place = Place::new(source, self.ledger.row(source.name()));
+        let place = Place::new(source, self.notes.ledger.row(source.name()));
         match verdict {
-            Err(Fault(fault)) => {
-                let dropped = Dropped::with(DropReason::BadRow, fault);
-                self.leave_out_unread(place, dropped, Draft::new(source, ""));
-                Ok(())
-            }
-            Ok(Verdict::Unfit(dropped, draft)) => {
-                self.leave_out_unread(place, dropped, draft);
-                Ok(())
-            }
-            Ok(Verdict::Judged(row)) => self.admit_judged(place, *row),
+            Err(fault) => self.notes.bad(place.name(), source, fault),
+            Ok(Verdict::Unfit(dropped, draft)) => self.notes.unfit(place.name(), draft, &dropped),
+            Ok(Verdict::Judged(row)) => self.admit_judged(place, *row)?,
         }
-    }
-
-    fn leave_out_unread(&mut self, place: Place, dropped: Dropped, draft: Draft) {
-        if self.search.is_wanted(place.name(), [&draft]) {
-            let text = draft.instruction.clone();
-            self.search.found(Explanation::unfit(place.name(), text, dropped.clone()));
-        }
-        self.ledger.dropped(place.source().name(), place.name(), &dropped, || draft.instruction);
+        Ok(())
     }
 
     fn admit_judged(&mut self, place: Place, row: JudgedRow) -> Result<()> {
         let JudgedRow { judged, original, clean } = row;
-        let Judged { draft, edits, dropped } = judged;
-        let name = place.name();
-        if let Some(original) = &original
-            && self.search.is_wanted(name, [original, &draft])
-        {
-            let pipeline = &self.judge.pipeline;
-            self.search.found(Explanation::judged(name, original.clone(), pipeline));
-        }
-        let before = || original.as_ref().map_or_else(String::new, |o| o.instruction.clone());
-        let texts = || (before(), draft.instruction.clone());
-        self.ledger.edited(place.source().name(), name, &edits, texts);
-        let left_out = match (dropped, clean) {
+        let (name, source) = (place.name(), place.source().name());
+        self.notes.judged(source, name, &self.judge.pipeline, original.as_ref(), &judged);
+        let left_out = match (judged.dropped, clean) {
             (Some(dropped), _) => Some(dropped),
             (None, Some(clean)) => self.admit_clean(place, clean)?,
             (None, None) => None,
         };
         if let Some(dropped) = left_out {
-            self.ledger.dropped(place.source().name(), name, &dropped, || draft.instruction);
+            self.notes.ledger.dropped(source, name, &dropped, || judged.draft.instruction);
         }
         Ok(())
     }
@@ -252,20 +227,20 @@ impl<'j> Merger<'j> {
     fn admit_clean(&mut self, place: Place, clean: Clean) -> Result<Option<Dropped>> {
         let Clean { fingerprint, sketch, choice_key, spilled } = clean;
         let equal = self.equal(place, fingerprint);
-        self.search.step(place.name(), "duplicates", equal.clone());
+        self.notes.step(place.name(), "duplicates", equal.clone());
         if equal.is_some() {
             return Ok(equal);
         }
         if let Some(sketch) = sketch {
             let similar = self.similar(place, sketch)?;
-            self.search.step(place.name(), "near-duplicates", similar.clone());
+            self.notes.step(place.name(), "near-duplicates", similar.clone());
             if similar.is_some() {
                 return Ok(similar);
             }
         }
         if self.selection.sample.is_some() {
             let left_out = self.selection.sample(choice_key);
-            self.search.step(place.name(), "sample", left_out.clone());
+            self.notes.step(place.name(), "sample", left_out.clone());
             if left_out.is_some() {
                 return Ok(left_out);
             }
@@ -301,23 +276,26 @@ impl<'j> Merger<'j> {
     }
 
     /// Writes what the caps and the mix leave.
-    pub(super) fn write(self, writer: &mut RowWriter) -> Result<(Ledger, Search)> {
-        let Merger { judge, selection, keys, mut buckets, mut ledger, mut search, .. } = self;
+    pub(super) fn write(self, run: &mut Run<'_>, writer: &mut RowWriter) -> Result<Notes> {
+        let Merger { judge, selection, keys, mut buckets, mut notes, .. } = self;
+        run.begin_writing(buckets.rows());
         let limited = selection.counts_prompts();
         let limits = selection.limits(keys);
         let encoder = writer.encoder();
-        let keeps_texts = judge.keeps_originals;
         buckets.for_each_in_order(
             |bucket| {
                 let (mut rows, mut fates) = (encoder.rows(), Vec::new());
                 for Entry { number, row, .. } in bucket.rows::<Waiting<'_>>() {
                     let place = Place(number);
                     let dropped = limits.check(place.source(), row.choice_key);
-                    let text = match &dropped {
-                        Some(_) if keeps_texts => row.instruction.clone().into_owned(),
-                        _ => String::new(),
-                    };
-                    fates.push(Fate { place, tokens: row.tokens, dropped, text });
+                    let is_shown = dropped.is_some() && judge.keeps_originals;
+                    fates.push(Fate {
+                        name: place.name(),
+                        source: place.source().name(),
+                        tokens: row.tokens,
+                        text: if is_shown { row.instruction.to_string() } else { String::new() },
+                        dropped,
+                    });
                     if fates.last().is_some_and(|fate| fate.dropped.is_none()) {
                         rows.push(&row.into_prompt(place.source()))?;
                     }
@@ -325,37 +303,17 @@ impl<'j> Merger<'j> {
                 Ok((rows, fates))
             },
             |(rows, fates)| {
+                run.wrote(fates.len())?;
                 for fate in fates {
-                    fate.enter(limited, &mut ledger, &mut search);
+                    if limited {
+                        notes.step(fate.name, "cap and mix", fate.dropped.clone());
+                    }
+                    notes.enter(fate);
                 }
                 Ok(writer.write_encoded(&rows)?)
             },
         )?;
-        Ok((ledger, search))
-    }
-}
-
-/// What became of a clean prompt.
-struct Fate {
-    place: Place,
-    tokens: Option<u32>,
-    /// Why it is left out, if it is.
-    dropped: Option<Dropped>,
-    /// Its text, if it is left out and the report shows texts.
-    text: String,
-}
-
-impl Fate {
-    fn enter(self, limited: bool, ledger: &mut Ledger, search: &mut Search) {
-        let Fate { place, tokens, dropped, text } = self;
-        let (name, source) = (place.name(), place.source().name());
-        if limited {
-            search.step(name, "cap and mix", dropped.clone());
-        }
-        match dropped {
-            Some(dropped) => ledger.dropped(source, name, &dropped, || text),
-            None => ledger.kept(source, tokens),
-        }
+        Ok(notes)
     }
 }
 

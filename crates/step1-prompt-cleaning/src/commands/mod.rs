@@ -4,7 +4,9 @@ mod aggregate;
 mod export;
 mod merge;
 mod merger;
+mod notes;
 mod optional;
+mod sampler;
 mod settings;
 mod subsample;
 
@@ -22,8 +24,8 @@ pub use optional::{OptionalArgs, OptionalConfig};
 pub use settings::{JudgeArgs, JudgeConfig, SharedArgs, SharedConfig};
 pub use subsample::{SubsampleArgs, SubsampleConfig, subsample_openorca};
 
-use crate::explain::Search;
-use crate::report::{HashedFile, InputFile, Ledger, Report};
+use self::notes::Notes;
+use crate::report::{HashedFile, InputFile, Report};
 use crate::sources::{BadRows, Fault, RawRow, RawRows, Row, SourceRows};
 use crate::{Error, Result};
 
@@ -130,6 +132,18 @@ impl<'s> Run<'s> {
         }
     }
 
+    /// Everything is read, and so many prompts wait to be written.
+    fn begin_writing(&mut self, prompts: u64) {
+        self.progress.finish();
+        self.progress = Progress::new(Some(prompts), "prompts", self.session.show_progress);
+    }
+
+    /// So many more that waited are written or left out.
+    fn wrote(&self, prompts: usize) -> Result<()> {
+        self.progress.inc(prompts as u64);
+        self.session.check_stop()
+    }
+
     /// Lets the rows and the report appear; where a row is to be explained, neither.
     fn publish(self, outcome: Outcome<'_>) -> Result<Report> {
         self.progress.finish();
@@ -143,8 +157,8 @@ impl<'s> Run<'s> {
             output: output.to_owned(),
             ..Report::default()
         };
-        report.enter(outcome.ledger.finish());
-        report.explanation = outcome.search.finish()?;
+        report.enter(outcome.notes.ledger.finish());
+        report.explanation = outcome.notes.search.finish()?;
         if report.explanation.is_some() {
             return Ok(report);
         }
@@ -187,8 +201,7 @@ struct Outcome<'c> {
     shared: &'c SharedConfig,
     output: &'c Path,
     references: Vec<PathBuf>,
-    ledger: Ledger,
-    search: Search,
+    notes: Notes,
     writer: RowWriter,
 }
 

@@ -49,6 +49,13 @@ pub struct SharedConfig {
     pub explain: Option<String>,
 }
 
+impl SharedConfig {
+    /// Whether rows are remembered as they were read, to be shown.
+    pub(super) fn keeps_originals(&self) -> bool {
+        self.report.is_some() || self.explain.is_some()
+    }
+}
+
 impl TryFrom<SharedArgs> for SharedConfig {
     type Error = Error;
 
