@@ -1,7 +1,10 @@
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 
+use dromedary_prompt_cleaning::{AggregateArgs, MergeArgs, SubsampleArgs};
+use serde::Serialize;
 use serde_json::json;
 
 use crate::support::{
@@ -260,15 +263,42 @@ fn the_committed_settings_load_and_flags_win() {
     }
 }
 
+/// The settings file, with what it has in comments.
+fn all_settings() -> String {
+    let text = fs::read_to_string(checkout().join("configs/step1_llama2_7b.toml")).unwrap();
+    text.lines()
+        .map(|line| line.strip_prefix("# ").filter(|rest| rest.contains(" = ")).unwrap_or(line))
+        .map(|line| format!("{line}\n"))
+        .collect()
+}
+
+#[test]
+fn the_settings_file_has_every_setting_but_paths_of_rows() {
+    fn names(args: impl Serialize, paths: &[&str]) -> BTreeSet<String> {
+        let args = serde_json::to_value(args).unwrap();
+        let names = args.as_object().unwrap().keys().cloned();
+        names.filter(|name| name != "explain" && !paths.contains(&name.as_str())).collect()
+    }
+    let merged = ["sharegpt_prompt_path", "openorca_prompt_path", "dolly", "oasst", "output_file"];
+    let settings: toml::Table = all_settings().parse().unwrap();
+    for (command, names) in [
+        (
+            "subsample-openorca",
+            names(SubsampleArgs::default(), &["train_data_path", "output_path"]),
+        ),
+        ("aggregate-sharegpt", names(AggregateArgs::default(), &["data_files", "output_file"])),
+        ("clean-and-merge", names(MergeArgs::default(), &merged)),
+    ] {
+        let given: BTreeSet<String> =
+            settings[command].as_table().unwrap().keys().cloned().collect();
+        assert_eq!(given, names, "{command}");
+    }
+}
+
 #[test]
 fn what_the_settings_offer_in_comments_is_valid() {
     let folder = Folder::new();
-    let text = fs::read_to_string(checkout().join("configs/step1_llama2_7b.toml")).unwrap();
-    let on: String = text
-        .lines()
-        .map(|line| line.strip_prefix("# ").filter(|rest| rest.contains(" = ")).unwrap_or(line))
-        .map(|line| format!("{line}\n"))
-        .collect();
+    let on = all_settings();
     assert!(on.contains("\nnear_duplicates = 0.8\n"), "{on}");
     let config = folder.write("on.toml", &on);
     let mut args = vec!["clean-and-merge", "--output-file", "y.json", "--print-config"];

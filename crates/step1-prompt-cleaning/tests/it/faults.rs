@@ -1,11 +1,13 @@
 use std::fs::{self, File};
+use std::io::{Seek, SeekFrom, Write};
+use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use polars::prelude::{Column, DataFrame, ParquetCompression, ParquetWriter};
 use serde_json::Value;
 
-use crate::support::{Folder, array, stderr};
+use crate::support::{Folder, array, instruction_set, stderr};
 
 /// Address space of the child in kilobytes: a damaged length must not take more.
 const CHILD_KILOBYTES: u32 = 3_000_000;
@@ -31,16 +33,24 @@ fn parquet(folder: &Folder) -> Vec<u8> {
     fs::read(path).unwrap()
 }
 
+/// The sampling of a file in a process with little memory.
+fn limited(input: &Path, output: &Path) -> Command {
+    let limited = format!("ulimit -v {CHILD_KILOBYTES}; exec \"$0\" \"$@\"");
+    let mut child = Command::new("sh");
+    child
+        .args(["-c", &limited, env!("CARGO_BIN_EXE_step1-prompt-cleaning")])
+        .args(["subsample-openorca", "--threads", "1", "--train-data-path"])
+        .arg(input)
+        .arg("--output-path")
+        .arg(output);
+    child
+}
+
 /// Runs the sampling of `NAME.parquet` in a process with little memory.
 pub(crate) fn sample(folder: &Folder, name: &str) -> Output {
-    let limited = format!("ulimit -v {CHILD_KILOBYTES}; exec \"$0\" \"$@\"");
     let path = |ending: &str| folder.path(&format!("{name}{ending}"));
-    Command::new("sh")
-        .args(["-c", &limited, env!("CARGO_BIN_EXE_step1-prompt-cleaning")])
-        .args(["subsample-openorca", "--quiet", "--threads", "1", "--train-data-path"])
-        .arg(path(".parquet"))
-        .arg("--output-path")
-        .arg(path(".json"))
+    limited(&path(".parquet"), &path(".json"))
+        .arg("--quiet")
         .arg("--report")
         .arg(path(""))
         .output()
@@ -129,5 +139,30 @@ fn cut_parquet_files_are_clean_errors() {
         let output = sample(&folder, &name);
         assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
         assert!(stderr(&output).contains(&format!("{name}.parquet")), "{}", stderr(&output));
+    }
+}
+
+/// The file has only the ends of the row: what is between them is a hole.
+#[test]
+fn a_row_of_more_than_four_gibibytes_is_one_bad_row() {
+    let folder = Folder::new();
+    let row =
+        |number: u8| format!(r#"{{"id": "flan.{number}", "question": "Question {number}?"}}"#);
+    for (name, start, between, end) in [("o.jsonl", "", "\n", "\n"), ("o.json", "[", ",", "]")] {
+        let (input, output) = (folder.path(name), folder.path("out.json"));
+        let mut file = File::create(&input).unwrap();
+        write!(file, r#"{start}{}{between}{{"id": "flan.2", "question": ""#, row(1)).unwrap();
+        file.seek(SeekFrom::Current((4 << 30) + 1)).unwrap();
+        write!(file, r#""}}{between}{}{end}"#, row(3)).unwrap();
+        drop(file);
+        let child = limited(&input, &output).args(["--max-bad-rows", "0.5"]).output().unwrap();
+        let said = stderr(&child);
+        assert!(child.status.success(), "{name}: {said}");
+        assert!(
+            said.contains(&format!("{name}: row 2 ")) && said.contains("longer than"),
+            "{said}"
+        );
+        assert_eq!(instruction_set(&output), ["Question 1?", "Question 3?"]);
+        fs::remove_file(input).unwrap();
     }
 }
