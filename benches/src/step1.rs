@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
+use dromedary_prompt_cleaning::sources::OpenOrcaQuestion;
 use dromedary_records::read_prompts;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
@@ -35,6 +36,9 @@ pub(crate) struct Step1Args {
     /// A ShareGPT file to measure in place of the generated one.
     #[arg(long, value_name = "FILE")]
     sharegpt: Option<PathBuf>,
+    /// Runs of each command.
+    #[arg(long, default_value_t = 3)]
+    runs: usize,
     /// Threads of step 1 [default: one a core].
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -57,45 +61,53 @@ pub(crate) fn run(args: &Step1Args) -> Result<()> {
     let output = |name: &str| args.folder.join(name);
     let (questions, openings) = (output("openorca_prompts.json"), output("sharegpt_prompts.json"));
     let all = usize::MAX.to_string();
-    let seconds = measure(
-        args,
-        "subsample-openorca",
-        &openorca,
-        &[
-            ("--train-data-path", &openorca),
-            ("--output-path", &questions),
-            ("--tokenizer", &args.tokenizer),
-            ("--max-samples-per-dataset", Path::new(&all)),
-        ],
-    )?;
-    println!("| the same | {:.0} rows/s | {} rows | |", args.rows as f64 / seconds, args.rows);
-    measure(
-        args,
-        "aggregate-sharegpt",
-        &sharegpt,
-        &[("--data-files", &sharegpt), ("--output-file", &openings)],
-    )?;
-    let seconds = measure(
-        args,
-        "clean-and-merge",
-        &questions,
-        &[
-            ("--openorca-prompt-path", &questions),
-            ("--output-file", &output("prompts.json")),
-            ("--tokenizer", &args.tokenizer),
-        ],
-    )?;
+    let rows = OpenOrcaQuestion::open(&openorca)?.count();
+    println!("| what | best | all | peak |\n|---|---:|---|---|");
+    let subsample = [
+        ("--train-data-path", &*openorca),
+        ("--output-path", &questions),
+        ("--tokenizer", &args.tokenizer),
+        ("--max-samples-per-dataset", Path::new(&all)),
+    ];
+    measure(args, "subsample-openorca", &subsample, rows as f64, "rows/s")?;
+    let aggregate = [("--data-files", &*sharegpt), ("--output-file", &openings)];
+    let megabytes = fs::metadata(&sharegpt)?.len() as f64 / 1e6;
+    measure(args, "aggregate-sharegpt", &aggregate, megabytes, "MB/s")?;
+    let merge = [
+        ("--openorca-prompt-path", &*questions),
+        ("--sharegpt-prompt-path", &openings),
+        ("--output-file", &output("prompts.json")),
+        ("--tokenizer", &args.tokenizer),
+    ];
     let mut text = 0;
-    for prompt in read_prompts(&questions)? {
+    for prompt in read_prompts(&questions)?.chain(read_prompts(&openings)?) {
         text += prompt?.instruction.len();
     }
-    let megabytes = text as f64 / 1e6;
-    println!("| the same | {:.1} MB/s of text | {megabytes:.0} MB | |", megabytes / seconds);
+    measure(args, "clean-and-merge", &merge, text as f64 / 1e6, "MB/s of text")
+}
+
+/// Runs a command several times and prints its row: the best rate, all rates, the highest peak.
+fn measure(
+    args: &Step1Args,
+    command: &str,
+    flags: &[(&str, &Path)],
+    amount: f64,
+    unit: &str,
+) -> Result<()> {
+    let (mut rates, mut peak) = (Vec::new(), 0);
+    for _ in 0..args.runs {
+        let (seconds, memory) = run_once(args, command, flags)?;
+        rates.push(amount / seconds);
+        peak = peak.max(memory);
+    }
+    let best = rates.iter().copied().fold(0.0, f64::max);
+    let all: Vec<String> = rates.iter().map(|rate| format!("{rate:.1}")).collect();
+    println!("| {command} | {best:.1} {unit} | {} | {peak} MB |", all.join(", "));
     Ok(())
 }
 
-/// Runs a command and prints its row: MB/s of its input, time, peak; returns the time.
-fn measure(args: &Step1Args, command: &str, input: &Path, flags: &[(&str, &Path)]) -> Result<f64> {
+/// The seconds that a command takes, and its peak memory in MB.
+fn run_once(args: &Step1Args, command: &str, flags: &[(&str, &Path)]) -> Result<(f64, u64)> {
     let program = std::env::current_exe()?.with_file_name("step1-prompt-cleaning");
     let mut child = Command::new(program);
     child.arg(command).arg("--quiet").args(["--threads", &args.threads.to_string()]);
@@ -107,12 +119,7 @@ fn measure(args: &Step1Args, command: &str, input: &Path, flags: &[(&str, &Path)
     let peak = peak_mb(&mut child)?;
     let seconds = start.elapsed().as_secs_f64();
     ensure!(child.wait()?.success(), "{command} failed");
-    let megabytes = fs::metadata(input)?.len() as f64 / 1e6;
-    println!(
-        "| {command} | {:.0} MB/s | {seconds:.2} s for {megabytes:.0} MB | peak {peak} MB |",
-        megabytes / seconds
-    );
-    Ok(seconds)
+    Ok((seconds, peak))
 }
 
 /// Waits for the process; its highest memory in MB, as the system says while it runs.
