@@ -12,7 +12,7 @@ use serde_json::Value;
 use tch::Tensor;
 
 use crate::{
-    checkpoint::{Dtype, SafetensorsFile, SafetensorsWriter, TensorSpec, linear_shapes},
+    checkpoint::{Dtype, SafetensorsWriter, TensorFile, TensorSpec, linear_shapes},
     config::LlamaConfig,
     error::{Error, Result},
 };
@@ -197,7 +197,7 @@ impl Adapter {
 #[derive(Debug)]
 pub struct AdapterFile {
     config: LoraConfig,
-    file: SafetensorsFile,
+    file: TensorFile,
     modules: BTreeSet<String>,
 }
 
@@ -216,7 +216,7 @@ impl AdapterFile {
             let message = format!("there is an adapter_model.bin (pickle), but no {WEIGHTS}");
             return Err(Error::Adapter { path: dir.to_path_buf(), message });
         }
-        let file = SafetensorsFile::open(&path)?;
+        let file = TensorFile::open(&path)?;
         let modules = check_factors(&config, &file)?;
         Ok(Self { config, file, modules })
     }
@@ -229,6 +229,22 @@ impl AdapterFile {
     /// The adapted modules, such as `model.layers.0.self_attn.q_proj`.
     pub fn modules(&self) -> impl Iterator<Item = &str> {
         self.modules.iter().map(String::as_str)
+    }
+
+    /// A hash that tells adapters apart without reading them: of the settings, the names and shapes, and
+    /// the first numbers of every factor.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn fingerprint(&self) -> Result<String> {
+        const FIRST_BYTES: usize = 4096;
+        let mut hash = blake3::Hasher::new();
+        hash.update(format!("{:?}", self.config).as_bytes());
+        hash.update(self.file.header_hash().as_bytes());
+        for entry in self.file.entries().values() {
+            hash.update(&self.file.read_head(entry, FIRST_BYTES)?);
+        }
+        Ok(hash.finalize().to_hex().to_string())
     }
 
     /// Whether the adapter has factors for this module.
@@ -289,7 +305,7 @@ impl AdapterFile {
 }
 
 /// Collects the modules, each with both factors of shapes (r, in) and (out, r).
-fn check_factors(config: &LoraConfig, file: &SafetensorsFile) -> Result<BTreeSet<String>> {
+fn check_factors(config: &LoraConfig, file: &TensorFile) -> Result<BTreeSet<String>> {
     let wrong = |message| Error::Adapter { path: file.path().to_path_buf(), message };
     let mut found: BTreeMap<String, [bool; 2]> = BTreeMap::new();
     for (key, entry) in file.entries() {

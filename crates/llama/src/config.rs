@@ -289,15 +289,29 @@ impl Resolver<'_> {
         {
             return Err(self.unsupported("partial_rotary_factor", factor.to_string(), "1"));
         }
-        if let Some(quantization) = hf.quantization_config.as_ref().filter(|q| !q.is_null()) {
-            let method = quantization.get("quant_method").and_then(Value::as_str);
-            return Err(self.unsupported(
-                "quantization_config",
-                method.unwrap_or("(unnamed)"),
-                "none: float32, float16 or bfloat16 weights",
-            ));
+        match hf.quantization_config.as_ref() {
+            Some(quantization) if !quantization.is_null() => self.check_quantization(quantization),
+            _ => Ok(()),
         }
-        Ok(())
+    }
+
+    /// bitsandbytes' NF4 with double quantisation is read, and nothing else.
+    fn check_quantization(&self, quantization: &Value) -> Result<()> {
+        let text = |key| quantization.get(key).and_then(Value::as_str).unwrap_or("(unnamed)");
+        let is_set = |key| quantization.get(key).and_then(Value::as_bool) == Some(true);
+        let (method, kind) = (text("quant_method"), text("bnb_4bit_quant_type"));
+        if method == "bitsandbytes"
+            && kind == "nf4"
+            && is_set("load_in_4bit")
+            && is_set("bnb_4bit_use_double_quant")
+        {
+            return Ok(());
+        }
+        Err(self.unsupported(
+            "quantization_config",
+            if method == "bitsandbytes" { format!("{method} {kind}") } else { method.into() },
+            "none, or bitsandbytes nf4 with double quantisation",
+        ))
     }
 
     fn rope_theta(&self, hf: &HfConfig) -> Result<f64> {

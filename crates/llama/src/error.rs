@@ -1,5 +1,7 @@
 use std::{fmt, io, path::PathBuf};
 
+use crate::logit_check::LogitDifference;
+
 /// A result with this crate's [`enum@Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -56,9 +58,60 @@ pub enum Error {
         /// How many of them there are.
         count: i64,
     },
+    /// A model cannot be cut into so many equal parts, which Meta's layout has.
+    #[error("{what} = {size} is not a multiple of {count}, the number of files")]
+    UnequalShards {
+        /// The dimension.
+        what: &'static str,
+        /// Its size.
+        size: i64,
+        /// The files that were asked for.
+        count: usize,
+    },
+    /// A weight in NF4 does not have the form that bitsandbytes gives it.
+    #[error("{}: {name} in NF4: {message}", path.display())]
+    Nf4 {
+        /// The file.
+        path: PathBuf,
+        /// The weight.
+        name: String,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A checkpoint of one file a rank is to be loaded by another number of ranks.
+    #[error("{}: the checkpoint is cut for {expected} ranks, not for {got}", path.display())]
+    CutForOthers {
+        /// The folder.
+        path: PathBuf,
+        /// Ranks that it is cut for.
+        expected: usize,
+        /// Ranks that want to load it.
+        got: usize,
+    },
+    /// A checkpoint that was written does not compute what its source does; it was not published.
+    #[error(
+        "{}: its logits differ from the source's: {difference}, allowed {allowed:.0e}",
+        path.display()
+    )]
+    LogitsDiffer {
+        /// The folder that was to be written.
+        path: PathBuf,
+        /// How far they are apart.
+        difference: LogitDifference,
+        /// How far they may be.
+        allowed: f64,
+    },
     /// A safetensors header is damaged, hostile or not a header at all.
     #[error("{}: not a valid safetensors file: {message}", path.display())]
     Header {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A file of `torch.save` is damaged, hostile, or holds something else than tensors by name.
+    #[error("{}: not a PyTorch file that can be read: {message}", path.display())]
+    TorchFile {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.

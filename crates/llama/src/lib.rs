@@ -23,6 +23,7 @@
 //! ```
 
 mod adapter;
+mod attach;
 mod attention;
 pub mod block;
 mod checkpoint;
@@ -30,6 +31,8 @@ mod checkpoint;
 pub mod cli;
 mod closed_form;
 mod config;
+mod convert;
+mod deal;
 mod dropout;
 mod error;
 mod footprint;
@@ -40,14 +43,18 @@ mod kernels;
 mod kind;
 pub mod kv_cache;
 mod linear;
+mod logit_check;
 mod merge;
+mod meter;
 mod model;
 mod norm;
 mod plan;
+mod quantize;
 #[cfg(doctest)]
 mod readme;
 mod rotary;
 mod save;
+mod shard;
 
 pub use adapter::{Adapter, AdapterFile, LoraConfig, LoraPair};
 pub use checkpoint::{
@@ -55,15 +62,19 @@ pub use checkpoint::{
 };
 pub use closed_form::{AttentionState, ClosedForm, HalfGradients, LayerPass, MlpState};
 pub use config::{LlamaConfig, RopeScaling, check_tokenizer, eos_token_ids};
+pub use convert::{CheckpointFormat, ConvertOptions, ConvertReport, convert};
 pub use dropout::{DropoutDraw, LoraDropout};
 pub use error::{Error, Result, TensorProblems};
 pub use footprint::{Footprint, Slowest};
 pub use gradients::{global_norm, sum_gradients};
 pub use kind::select_kind;
 pub use linear::{Linear, Lora, PackedWeight, Parallel, Part, Weight};
+pub use logit_check::LogitDifference;
 pub use merge::{MergeOptions, MergeReport, merge};
 pub use model::{AttendInLayer, Llama, LoadOptions, ReplaceWeight};
 pub use norm::RmsNorm;
 pub use plan::{HeadGroup, Plan, RankPlan, Shard, Slice, TrainedPart, TrainedTensor};
+pub use quantize::{QuantizeOptions, QuantizeReport, quantize};
 pub use rotary::{Rotary, RotaryAt};
 pub use save::{SaveOptions, save_slices};
+pub use shard::{ShardOptions, ShardReport, shard};

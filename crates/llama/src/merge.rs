@@ -9,12 +9,18 @@ use tch::{Kind, Tensor};
 
 use crate::{
     adapter::{AdapterFile, LoraPair},
-    checkpoint::{Checkpoint, CheckpointWriter, TensorSpec},
-    error::{Error, Result},
+    checkpoint::{Checkpoint, CheckpointWriter, Dtype, TensorSpec},
+    error::Result,
+    logit_check::{Adapted, LogitDifference, TOLERANCE, compare},
+    meter::Meter,
 };
 
 /// Bytes of a weight in memory at once; for 16-bit weights the f32 sum beside it has twice as many.
 const BLOCK: usize = 8 << 20;
+
+/// Where sums are rounded to 16 bits, logits of models that were trained differ by less than this. A
+/// model may be as sensitive as it likes, so that more is no error.
+const USUAL_ROUNDING: f64 = 3e-2;
 
 /// What is merged, and where to.
 #[derive(Debug, Clone)]
@@ -27,10 +33,12 @@ pub struct MergeOptions {
     pub output: PathBuf,
     /// Largest weight file in bytes.
     pub max_shard_size: u64,
+    /// Compare the logits of base and adapter with those of the output when it is written.
+    pub verify: bool,
 }
 
 /// What a merge did.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct MergeReport {
     /// Tensors written.
     pub tensors: usize,
@@ -38,17 +46,20 @@ pub struct MergeReport {
     pub merged: usize,
     /// Bytes of all tensors.
     pub bytes: u64,
+    /// How far the logits of both are apart.
+    pub difference: Option<LogitDifference>,
 }
 
 /// Writes the base with `W + scaling * B A` in place of each adapted weight `W`: added in f32,
-/// stored in the base's type. `progress` gets the number of bytes after each block, and may stop
+/// stored in the base's type. A base in NF4 is dequantised: the adapter is added to what it was trained
+/// on. `progress` gets the number of bytes after each block, and may stop
 /// the merge.
 ///
 /// The output folder appears when it is complete. Memory stays small whatever the model's size.
 ///
 /// # Errors
 /// An adapter that does not fit the base ([`Error::AdapterShape`] names both shapes) before
-/// anything is written; [`Error::Interrupted`] where `progress` says so; what reading, writing and
+/// anything is written; [`Error::LogitsDiffer`]; [`Error::Interrupted`](crate::Error::Interrupted) where `progress` says so; what reading, writing and
 /// publishing can meet.
 pub fn merge(
     options: &MergeOptions,
@@ -60,9 +71,11 @@ pub fn merge(
     let mut writer =
         CheckpointWriter::create(&options.output, base.specs()?, options.max_shard_size)?;
     writer.copy_companions(&options.checkpoint)?;
+    writer.add_file("config.json", &base.plain_config()?)?;
     let order = writer.order().to_vec();
-    let mut report = MergeReport { tensors: order.len(), merged: 0, bytes: 0 };
-    for TensorSpec { name, dtype, .. } in &order {
+    let mut merged = 0;
+    let meter = Meter::new(progress);
+    for TensorSpec { name, .. } in &order {
         let module = name.strip_suffix(".weight").filter(|module| adapter.has(module));
         let lora = module.map(|module| adapter.read(module)).transpose()?;
         for block in base.read_blocks(name, BLOCK)? {
@@ -72,16 +85,25 @@ pub fn merge(
                 None => weight,
             };
             writer.append(name, &block)?;
-            let bytes = (block.numel() * dtype.size()) as u64;
-            report.bytes += bytes;
-            if progress(bytes).is_break() {
-                return Err(Error::Interrupted);
-            }
+            meter.written(&block)?;
         }
-        report.merged += usize::from(lora.is_some());
+        merged += usize::from(lora.is_some());
     }
-    writer.finish()?;
-    Ok(report)
+    let tolerance = if base.dtype() == Dtype::F32 { TOLERANCE } else { f64::INFINITY };
+    let difference = writer.finish_checked(|dir| {
+        let adapted = Adapted { base: &base, adapter: &adapter };
+        let check =
+            || compare(&adapted, &Checkpoint::open(dir)?, &options.output, tolerance, &meter);
+        options.verify.then(check).transpose()
+    })?;
+    if let Some(difference) = difference.filter(|found| found.largest > USUAL_ROUNDING) {
+        tracing::warn!(
+            "{}: rounding the sums to {} moved the logits by {difference}",
+            options.output.display(),
+            base.dtype()
+        );
+    }
+    Ok(MergeReport { tensors: order.len(), merged, bytes: meter.bytes(), difference })
 }
 
 /// Rows of a weight with the adapter's product added, in the kind in which they are stored.

@@ -97,6 +97,7 @@ impl Llama {
         if options.tp_rank >= options.tp {
             return Err(Error::GroupRank { rank: options.tp_rank, size: options.tp });
         }
+        checkpoint.check_rank(options.tp_rank, options.tp)?;
         let rank_plan = plan.rank(options.tp_rank).clone();
         let loader = Loader { checkpoint, options, plan: &rank_plan, config: &config };
         let heads = Heads::new(&rank_plan, config.head_dim);

@@ -56,6 +56,19 @@ impl Slice {
 }
 
 impl Shard {
+    /// One of `count` equal parts along a dimension; everything without one.
+    pub(crate) fn equal(dim: Option<usize>, shape: &[i64], number: usize, count: usize) -> Self {
+        let slice = |size: i64| {
+            let part = size / count as i64;
+            Slice::new(number as i64 * part..(number as i64 + 1) * part, size)
+        };
+        match dim {
+            None => Self::Replicated,
+            Some(0) => Self::Rows(slice(shape[0])),
+            Some(dim) => Self::Columns(slice(shape[dim])),
+        }
+    }
+
     /// The shape of this rank's part of a tensor of shape `full`.
     pub fn local_shape(&self, full: &[i64]) -> Vec<i64> {
         let mut shape = full.to_vec();

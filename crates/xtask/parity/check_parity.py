@@ -6,7 +6,8 @@
 
     check_parity.py
         trains, merges and completes with our programs (on the PATH) and compares what they wrote: over stories260k, and
-        over the model in the folder DROMEDARY_SMOLLM2
+        over the model in the folder DROMEDARY_SMOLLM2; converts and quantises them, and reads the results with PyTorch and
+        bitsandbytes
 
 Prints a line per check, and exits 1 if one fails. FILE is a JSON array of arrays of token ids. Differences are given as
 shares of the largest logit, or of the largest element of the tensor.
@@ -22,6 +23,7 @@ import tempfile
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
@@ -144,7 +146,91 @@ def check_completion(checks, name, checkpoint, prompt, length):
     checks.line(same, f"{name}: greedy completion, {len(new)} tokens{'' if same else f': {got!r} instead of {want!r}'}")
 
 
+def in_hf_order(weight, heads):
+    """Meta's rows of query or key heads, whose neighbours turn, as transformers wants them."""
+    rows, columns = weight.shape
+    return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+META_NAMES = {
+    "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+}
+COLUMNS = ("attention.wo", "feed_forward.w2", "tok_embeddings")
+
+
+def joined(parts, name):
+    if parts[0].dim() == 1:
+        assert all(torch.equal(part, parts[0]) for part in parts), name
+        return parts[0]
+    return torch.cat(parts, dim=1 if any(key in name for key in COLUMNS) else 0)
+
+
+def check_meta(checks, name, checkpoint, shards):
+    """Our files of Meta's layout in torch.load, with weights_only and as maps, against the weights in transformers."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = pathlib.Path(folder) / "meta"
+        run("llama", "convert", "--checkpoint", checkpoint, "--output", out, "--num-shards", shards)
+        params = json.loads((out / "params.json").read_text())
+        paths = [out / f"consolidated.{number:02}.pth" for number in range(shards)]
+        files = [torch.load(path, weights_only=True) for path in paths]
+        mapped = [torch.load(path, weights_only=True, mmap=True) for path in paths]
+        same = all(torch.equal(a[key], b[key]) for a, b in zip(files, mapped) for key in a)
+        checks.line(same, f"{name}: {shards} files of torch.load, the same as maps")
+        weights = {key: joined([file[key] for file in files], key) for key in files[0]}
+        model, wrong = load(checkpoint).state_dict(), []
+        for hf_name, want in model.items():
+            _, *middle = hf_name.removesuffix(".weight").split(".")
+            if hf_name.startswith("model.layers."):
+                meta = f"layers.{middle[1]}.{META_NAMES['.'.join(middle[2:])]}.weight"
+            else:
+                meta = {"model.embed_tokens.weight": "tok_embeddings.weight", "model.norm.weight": "norm.weight",
+                        "lm_head.weight": "output.weight"}[hf_name]
+            got = weights.pop(meta).float()
+            heads = {"wq": params["n_heads"], "wk": params.get("n_kv_heads", params["n_heads"])}
+            for key, count in heads.items():
+                if meta.endswith(f"attention.{key}.weight"):
+                    got = in_hf_order(got, count)
+            if not torch.equal(got, want):
+                wrong.append(meta)
+        checks.line(not wrong and not weights, f"{name}: weights of {shards} files equal transformers' {wrong[:3] or ''}")
+
+
+def check_converted(checks):
+    """Checkpoints of Meta's layout, converted by us, in transformers: logits against those of their generator."""
+    for folder in sorted((ROOT / "crates" / "llama" / "tests" / "data" / "meta").iterdir()):
+        golden = load_file(folder / "golden.safetensors")
+        with tempfile.TemporaryDirectory() as out:
+            run("llama", "convert", "--checkpoint", folder, "--output", pathlib.Path(out) / "hf")
+            got = logits_of(load(pathlib.Path(out) / "hf"), [golden["ids"].tolist()])
+        checks.within(f"{folder.name}: converted, logits in transformers", difference(got, [golden["logits"]]), TOLERANCE)
+
+
+def check_quantised(checks, name, checkpoint):
+    """Our codes, scales and offsets against those that bitsandbytes makes of the same weights, and our files in its reader."""
+    import bitsandbytes.functional as bnb
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = pathlib.Path(folder) / "nf4"
+        run("llama", "quantize", "--nf4", "--checkpoint", checkpoint, "--output", out)
+        tensors, base = load_file(out / "model.safetensors"), load(checkpoint).state_dict()
+        wrong, count = [], 0
+        for weight in (key.removesuffix(".absmax") for key in tensors if key.endswith(".weight.absmax")):
+            codes, state = bnb.quantize_4bit(base[weight], blocksize=64, compress_statistics=True, quant_type="nf4")
+            prefix = f"{weight}."
+            ours = bnb.QuantState.from_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}, "cpu")
+            equal = (torch.equal(tensors[weight], codes) and torch.equal(ours.absmax, state.absmax)
+                     and torch.equal(ours.state2.absmax, state.state2.absmax) and float(ours.offset) == float(state.offset)
+                     and torch.equal(bnb.dequantize_4bit(tensors[weight], ours), bnb.dequantize_4bit(codes, state)))
+            count += 1
+            if not equal:
+                wrong.append(weight)
+        checks.line(count > 0 and not wrong, f"{name}: {count} weights in NF4 equal bitsandbytes' {wrong[:3] or ''}")
+
+
 def check_programs(checks):
+    check_converted(checks)
     models = [("stories260k", STORIES, "Once upon a time, there was a little girl")]
     smollm2 = os.environ.get("DROMEDARY_SMOLLM2")
     if smollm2:
@@ -160,6 +246,9 @@ def check_programs(checks):
             check_completion(checks, f"{name} merged", merged, prompt, 32)
             check_results.check(checks, run, name, checkpoint, pathlib.Path(folder))
         check_completion(checks, name, checkpoint, prompt, 64)
+        for shards in (1, 2) if name == "stories260k" else (1, 3):
+            check_meta(checks, name, checkpoint, shards)
+        check_quantised(checks, name, checkpoint)
 
 
 def main():

@@ -11,6 +11,8 @@ pub enum Dtype {
     F16,
     /// The upper half of a single-precision number.
     Bf16,
+    /// Bytes: codes of quantised weights, never weights themselves.
+    U8,
 }
 
 impl Dtype {
@@ -19,6 +21,7 @@ impl Dtype {
         match self {
             Dtype::F32 => 4,
             Dtype::F16 | Dtype::Bf16 => 2,
+            Dtype::U8 => 1,
         }
     }
 
@@ -28,6 +31,7 @@ impl Dtype {
             Dtype::F32 => Kind::Float,
             Dtype::F16 => Kind::Half,
             Dtype::Bf16 => Kind::BFloat16,
+            Dtype::U8 => Kind::Uint8,
         }
     }
 
@@ -55,6 +59,7 @@ impl Dtype {
             Dtype::F32 => safetensors::Dtype::F32,
             Dtype::F16 => safetensors::Dtype::F16,
             Dtype::Bf16 => safetensors::Dtype::BF16,
+            Dtype::U8 => safetensors::Dtype::U8,
         }
     }
 
@@ -64,6 +69,7 @@ impl Dtype {
     /// vector instructions: the check costs little beside reading.
     pub(crate) fn first_non_finite(self, bytes: &[u8]) -> Option<(usize, f64)> {
         match self {
+            Dtype::U8 => None,
             Dtype::F32 => {
                 scan(bytes, |b: [u8; 4]| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000)
                     .map(|(at, b)| (at, f64::from(f32::from_le_bytes(b))))
@@ -83,6 +89,7 @@ impl fmt::Display for Dtype {
             Dtype::F32 => "F32",
             Dtype::F16 => "F16",
             Dtype::Bf16 => "BF16",
+            Dtype::U8 => "U8",
         })
     }
 }

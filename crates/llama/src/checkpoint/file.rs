@@ -1,4 +1,4 @@
-//! One safetensors file, read with `pread`. Nothing is mapped: a file that another program
+//! One file of tensors, of the safetensors format or PyTorch's, read with `pread`. Nothing is mapped: a file that another program
 //! truncates under a map would end the process with a signal.
 
 use std::{
@@ -12,7 +12,7 @@ use std::{
 
 use tch::Tensor;
 
-use super::{dtype::Dtype, header, tensor_memory::filled};
+use super::{dtype::Dtype, header, tensor_memory::filled, torch_file};
 use crate::error::{Error, Result};
 
 /// One read: large enough for network file systems, small enough to be checked from the cache.
@@ -24,13 +24,28 @@ pub(crate) struct Entry {
     pub(crate) dtype: safetensors::Dtype,
     pub(crate) shape: Vec<i64>,
     /// Where its bytes begin in the file.
-    begin: u64,
+    pub(super) begin: u64,
+    /// Bytes of its elements.
     pub(crate) len: u64,
+    /// Bytes from one row to the next; more than those of a row where the rows are parts of longer
+    /// ones.
+    pub(super) pitch: u64,
 }
 
-/// An open safetensors file with a valid header.
+impl Entry {
+    fn rows(&self) -> u64 {
+        self.shape.first().map_or(1, |rows| *rows as u64)
+    }
+
+    /// Bytes of a row, which is what one index of the first dimension stands for.
+    pub(super) fn row_bytes(&self) -> u64 {
+        self.len.checked_div(self.rows()).unwrap_or(0)
+    }
+}
+
+/// An open file whose description of its tensors is valid.
 #[derive(Debug)]
-pub(crate) struct SafetensorsFile {
+pub(crate) struct TensorFile {
     path: PathBuf,
     file: File,
     size: u64,
@@ -69,40 +84,45 @@ impl ReadCounters {
     }
 }
 
-impl SafetensorsFile {
+impl TensorFile {
+    /// Opens a safetensors file.
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        let metadata = std::fs::metadata(path).map_err(Error::io(path))?;
-        // Opening a named pipe would wait for a writer.
-        if !metadata.is_file() {
-            return Err(Error::Header {
-                path: path.into(),
-                message: "it is no regular file".into(),
-            });
-        }
-        let file = File::open(path).map_err(Error::io(path))?;
-        let size = file.metadata().map_err(Error::io(path))?.len();
+        let (file, size) = open_regular(path)?;
         let header = header::read(&file, size, path)?;
         let entries = header::entries(&header.metadata)
             .into_iter()
             .map(|(name, info)| {
                 let (begin, end) = info.data_offsets;
-                let entry = Entry {
+                let mut entry = Entry {
                     dtype: info.dtype,
                     shape: info.shape.iter().map(|size| *size as i64).collect(),
                     begin: header.data_start + begin as u64,
                     len: (end - begin) as u64,
+                    pitch: 0,
                 };
+                entry.pitch = entry.row_bytes();
                 (name, entry)
             })
             .collect();
-        Ok(Self {
-            path: path.to_path_buf(),
-            file,
-            size,
-            header_hash: header.hash,
-            entries,
-            counters: Counters::default(),
-        })
+        Ok(Self::new(path, file, size, header.hash, entries))
+    }
+
+    /// Opens a file that `torch.save` wrote of a dictionary of tensors.
+    pub(crate) fn open_torch(path: &Path) -> Result<Self> {
+        let (file, size) = open_regular(path)?;
+        let tensors = torch_file::read(&file, size, path)?;
+        Ok(Self::new(path, file, size, tensors.hash, tensors.entries))
+    }
+
+    fn new(
+        path: &Path,
+        file: File,
+        size: u64,
+        header_hash: blake3::Hash,
+        entries: BTreeMap<String, Entry>,
+    ) -> Self {
+        let (path, counters) = (path.to_path_buf(), Counters::default());
+        Self { path, file, size, header_hash, entries, counters }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -143,13 +163,15 @@ impl SafetensorsFile {
     /// Rows of a tensor (its first dimension), in the stored type.
     pub(crate) fn read_rows(&self, name: &str, rows: Range<i64>) -> Result<Tensor> {
         let (entry, dtype) = self.weight(name)?;
-        let all = entry.shape.first().copied().unwrap_or(1);
-        let row_bytes = if all == 0 { 0 } else { entry.len / all as u64 };
+        let row_bytes = entry.row_bytes();
         let mut shape = entry.shape.clone();
         if let Some(first) = shape.first_mut() {
             *first = rows.end - rows.start;
         }
-        let begin = entry.begin + rows.start as u64 * row_bytes;
+        let begin = entry.begin + rows.start as u64 * entry.pitch;
+        if entry.pitch != row_bytes {
+            return self.read_parts(name, &shape, begin, 0..row_bytes as usize);
+        }
         filled(&shape, dtype.kind(), |bytes| {
             let mut done = 0;
             for chunk in bytes.chunks_mut(CHUNK) {
@@ -162,11 +184,16 @@ impl SafetensorsFile {
         })
     }
 
-    /// Columns of a matrix (its second dimension), in the stored type. Whole rows are read, in
-    /// chunks: a read per row would be thousands of small ones.
-    pub(crate) fn read_columns(&self, name: &str, columns: Range<i64>) -> Result<Tensor> {
+    /// Some columns (the second dimension) of some rows of a matrix, in the stored type. Whole rows are
+    /// read, in chunks: a read per row would be thousands of small ones.
+    pub(crate) fn read_block(
+        &self,
+        name: &str,
+        rows: Range<i64>,
+        columns: Range<i64>,
+    ) -> Result<Tensor> {
         let (entry, dtype) = self.weight(name)?;
-        let &[rows, all] = entry.shape.as_slice() else {
+        let &[_, all] = entry.shape.as_slice() else {
             return Err(Error::ShardMismatch {
                 name: name.to_string(),
                 dim: 1,
@@ -174,25 +201,45 @@ impl SafetensorsFile {
                 got: entry.shape.clone(),
             });
         };
-        let row_bytes = all as usize * dtype.size();
+        if columns == (0..all) {
+            return self.read_rows(name, rows);
+        }
         let (from, to) =
             (columns.start as usize * dtype.size(), columns.end as usize * dtype.size());
-        let shape = [rows, columns.end - columns.start];
-        if row_bytes == 0 || to == from {
-            return filled(&shape, dtype.kind(), |_| Ok(()));
+        let begin = entry.begin + rows.start as u64 * entry.pitch;
+        let shape = [rows.end - rows.start, columns.end - columns.start];
+        self.read_parts(name, &shape, begin, from..to)
+    }
+
+    /// The same bytes of some rows, of which the first begins at `begin`.
+    fn read_parts(
+        &self,
+        name: &str,
+        shape: &[i64],
+        begin: u64,
+        part: Range<usize>,
+    ) -> Result<Tensor> {
+        let (entry, dtype) = self.weight(name)?;
+        let (row, pitch) = (entry.row_bytes() as usize, entry.pitch as usize);
+        let length = part.end - part.start;
+        if length == 0 {
+            return filled(shape, dtype.kind(), |_| Ok(()));
         }
-        let mut buffer = vec![0; CHUNK.div_ceil(row_bytes) * row_bytes];
-        filled(&shape, dtype.kind(), |bytes| {
+        let rows_at_once = (CHUNK / pitch).max(1);
+        let mut buffer = vec![0; (rows_at_once - 1) * pitch + row];
+        filled(shape, dtype.kind(), |bytes| {
             let (mut read, mut written) = (0, 0);
-            for slices in bytes.chunks_mut(buffer.len() / row_bytes * (to - from)) {
-                let chunk = &mut buffer[..slices.len() / (to - from) * row_bytes];
-                self.pread(chunk, entry.begin + read)?;
-                for (slice, row) in slices.chunks_mut(to - from).zip(chunk.chunks(row_bytes)) {
-                    slice.copy_from_slice(&row[from..to]);
+            for slices in bytes.chunks_mut(rows_at_once * length) {
+                // Up to the end of the last row: the file may end there.
+                let rows = slices.len() / length;
+                let chunk = &mut buffer[..(rows - 1) * pitch + row];
+                self.pread(chunk, begin + read)?;
+                for (slice, row) in slices.chunks_mut(length).zip(chunk.chunks(pitch)) {
+                    slice.copy_from_slice(&row[part.clone()]);
                 }
                 self.count_copied(slices.len());
                 self.check_finite(name, dtype, slices, written)?;
-                read += chunk.len() as u64;
+                read += (rows * pitch) as u64;
                 written += slices.len() as u64;
             }
             Ok(())
@@ -204,6 +251,27 @@ impl SafetensorsFile {
         let mut bytes = vec![0; entry.len.min(max as u64) as usize];
         self.pread(&mut bytes, entry.begin)?;
         Ok(bytes)
+    }
+
+    /// Some of a tensor's bytes as they are, at most up to its end.
+    pub(crate) fn read_bytes(&self, name: &str, range: Range<u64>) -> Result<Vec<u8>> {
+        let entry = self.entry(name)?;
+        let range = range.start.min(entry.len)..range.end.min(entry.len);
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        self.pread(&mut bytes, entry.begin + range.start)?;
+        Ok(bytes)
+    }
+
+    /// Some numbers of an f32 tensor, whatever its shape.
+    pub(crate) fn read_f32(&self, name: &str, range: Range<usize>) -> Result<Vec<f32>> {
+        let bytes = self.read_bytes(name, range.start as u64 * 4..range.end as u64 * 4)?;
+        let (numbers, _) = bytes.as_chunks::<4>();
+        Ok(numbers.iter().map(|number| f32::from_le_bytes(*number)).collect())
+    }
+
+    /// The data type of a weight.
+    pub(crate) fn dtype(&self, name: &str) -> Result<Dtype> {
+        Ok(self.weight(name)?.1)
     }
 
     fn weight(&self, name: &str) -> Result<(&Entry, Dtype)> {
@@ -243,4 +311,15 @@ impl SafetensorsFile {
             }),
         }
     }
+}
+
+fn open_regular(path: &Path) -> Result<(File, u64)> {
+    let metadata = std::fs::metadata(path).map_err(Error::io(path))?;
+    // Opening a named pipe would wait for a writer.
+    if !metadata.is_file() {
+        return Err(Error::Header { path: path.into(), message: "it is no regular file".into() });
+    }
+    let file = File::open(path).map_err(Error::io(path))?;
+    let size = file.metadata().map_err(Error::io(path))?.len();
+    Ok((file, size))
 }

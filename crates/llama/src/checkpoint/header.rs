@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 /// several times the header's size in memory, which a hostile file should not choose.
 const MAX_HEADER: u64 = 16 << 20;
 /// Tensors of one file; LLaMA-3.1-405B has 1138.
-const MAX_TENSORS: usize = 1 << 16;
+pub(super) const MAX_TENSORS: usize = 1 << 16;
 const MAX_NAME: usize = 512;
 const MAX_DIMS: usize = 8;
 

@@ -8,7 +8,7 @@ use std::{
 
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
-use super::file::SafetensorsFile;
+use super::file::TensorFile;
 use crate::error::{Error, Result};
 
 pub(super) const SINGLE: &str = "model.safetensors";
@@ -50,10 +50,10 @@ impl<'de> Deserialize<'de> for WeightMap {
 }
 
 /// Opens the files of a folder: the single one or, as the index says, several.
-pub(super) fn open_files(dir: &Path) -> Result<Vec<SafetensorsFile>> {
+pub(super) fn open_files(dir: &Path) -> Result<Vec<TensorFile>> {
     let (single, index) = (dir.join(SINGLE), dir.join(INDEX));
     match (single.exists(), index.exists()) {
-        (true, false) => Ok(vec![SafetensorsFile::open(&single)?]),
+        (true, false) => Ok(vec![TensorFile::open(&single)?]),
         (false, true) => open_indexed(dir, &index),
         (true, true) => Err(Error::NoCheckpoint {
             path: dir.to_path_buf(),
@@ -68,14 +68,18 @@ fn nothing_found(dir: &Path) -> Error {
         let path = entry.path();
         path.extension().is_some_and(|extension| extension == "pth" || extension == "bin")
     });
-    let hint = if pickles { "; its pickle files (.pth, .bin) are not read" } else { "" };
+    let hint = if pickles {
+        "; `llama convert` makes one of consolidated.NN.pth, other pickle files are not read"
+    } else {
+        ""
+    };
     Error::NoCheckpoint {
         path: dir.to_path_buf(),
         message: format!("no {SINGLE} and no {INDEX}{hint}"),
     }
 }
 
-fn open_indexed(dir: &Path, path: &Path) -> Result<Vec<SafetensorsFile>> {
+fn open_indexed(dir: &Path, path: &Path) -> Result<Vec<TensorFile>> {
     let wrong = |message| Error::Index { path: path.to_path_buf(), message };
     let size = fs::metadata(path).map_err(Error::io(path))?.len();
     if size > MAX_INDEX {
@@ -92,7 +96,7 @@ fn open_indexed(dir: &Path, path: &Path) -> Result<Vec<SafetensorsFile>> {
     }
     let mut files = BTreeMap::new();
     for name in names {
-        files.insert(name.clone(), SafetensorsFile::open(&dir.join(name))?);
+        files.insert(name.clone(), TensorFile::open(&dir.join(name))?);
     }
     for (tensor, file) in &map {
         if !files.get(file).is_some_and(|file| file.entries().contains_key(tensor)) {

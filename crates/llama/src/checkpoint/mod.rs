@@ -1,13 +1,20 @@
-//! Hugging Face checkpoint folders: `config.json` and safetensors files.
+//! Checkpoint folders: Hugging Face's (`config.json` and safetensors files) and Meta's (`params.json` and
+//! `consolidated.NN.pth`).
 
 mod dtype;
 mod file;
 mod header;
 mod index;
+mod meta;
+mod nf4;
 mod output;
+mod params;
+mod pieces;
+mod rank_files;
 mod reader;
 mod tensor_memory;
 mod tensors;
+mod torch_file;
 mod writer;
 
 pub use dtype::Dtype;
@@ -16,8 +23,13 @@ pub use output::TensorSpec;
 pub use reader::Checkpoint;
 pub use writer::{CheckpointWriter, DEFAULT_MAX_SHARD_SIZE};
 
-pub(crate) use file::SafetensorsFile;
+pub(crate) use file::TensorFile;
+pub(crate) use meta::{MetaCheckpoint, MetaOptions, meta_name, row_unit, to_meta_order};
+pub(crate) use nf4::Quantiser;
 pub(crate) use output::SafetensorsWriter;
-pub(crate) use writer::put_in_order;
+pub(crate) use params::{PARAMS, Params};
+pub(crate) use rank_files::RankFiles;
+pub(crate) use torch_file::TorchWriter;
+pub(crate) use writer::{FolderWriter, TOKENIZER_FILES, put_in_order};
 
-pub(crate) use tensors::{EMBEDDING, HEAD, linear_shapes, tensor_shapes};
+pub(crate) use tensors::{EMBEDDING, HEAD, blocks, linear_shapes, shape_of, tensor_shapes};

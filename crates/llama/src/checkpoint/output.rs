@@ -4,14 +4,15 @@
 use std::{
     collections::VecDeque,
     fs::File,
-    io::{BufWriter, Write},
+    io::{self, BufWriter, Write},
+    ops::Range,
     path::{Path, PathBuf},
 };
 
 use safetensors::tensor::{Metadata, TensorInfo};
 use tch::Tensor;
 
-use super::{dtype::Dtype, tensor_memory::with_bytes};
+use super::{dtype::Dtype, tensor_memory::with_bytes, tensors::blocks};
 use crate::error::{Error, Result};
 
 /// A tensor that is to be written.
@@ -30,6 +31,12 @@ impl TensorSpec {
     pub fn size(&self) -> u64 {
         self.shape.iter().product::<i64>() as u64 * self.dtype.size() as u64
     }
+
+    /// All rows in blocks of about `max_bytes`, each a multiple of `unit` rows.
+    pub(crate) fn blocks(&self, unit: i64, max_bytes: usize) -> impl Iterator<Item = Range<i64>> {
+        let rows = self.shape.first().copied().unwrap_or(1);
+        blocks(rows, self.size().checked_div(rows as u64).unwrap_or(0), unit, max_bytes)
+    }
 }
 
 /// A complete file as a manifest lists it.
@@ -39,47 +46,61 @@ pub(crate) struct Written {
     pub(crate) blake3: String,
 }
 
-/// A safetensors file that is being written.
+/// A file whose bytes are hashed on their way to the disk.
 #[derive(Debug)]
-pub(crate) struct SafetensorsWriter {
-    path: PathBuf,
+pub(super) struct HashedFile {
     file: BufWriter<File>,
     hash: blake3::Hasher,
     size: u64,
-    awaited: VecDeque<TensorSpec>,
-    /// Elements of the first awaited tensor that are written already.
-    done: u64,
 }
 
-impl SafetensorsWriter {
-    /// Creates `name` in the temporary folder `dir` and writes its header; errors name it as it
-    /// will be called in `target`.
-    pub(crate) fn create(
-        dir: &Path,
-        target: &Path,
-        name: &str,
-        tensors: Vec<TensorSpec>,
-    ) -> Result<Self> {
-        let path = target.join(name);
-        let header = header(&path, &tensors)?;
-        let file = File::create_new(dir.join(name)).map_err(Error::io(&path))?;
-        let mut writer = Self {
-            path,
-            file: BufWriter::with_capacity(1 << 20, file),
-            hash: blake3::Hasher::new(),
-            size: 0,
-            awaited: tensors.into(),
-            done: 0,
-        };
-        writer.put(&(header.len() as u64).to_le_bytes())?;
-        writer.put(&header)?;
-        writer.skip_empty();
-        Ok(writer)
+impl HashedFile {
+    /// Creates a file; errors name it as it will be called, `target`.
+    pub(super) fn create(path: &Path, target: &Path) -> Result<Self> {
+        let file = File::create_new(path).map_err(Error::io(target))?;
+        let file = BufWriter::with_capacity(1 << 20, file);
+        Ok(Self { file, hash: blake3::Hasher::new(), size: 0 })
     }
 
-    /// Appends rows of the first tensor that is not complete, which must be `name`.
-    pub(crate) fn append(&mut self, name: &str, rows: &Tensor) -> Result<()> {
-        let Some(tensor) = self.awaited.front() else {
+    pub(super) fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.hash.update(bytes);
+        self.size += bytes.len() as u64;
+        self.file.write_all(bytes)
+    }
+
+    pub(super) fn finish(mut self, target: &Path) -> Result<Written> {
+        self.file.flush().map_err(Error::io(target))?;
+        Ok(Written { size: self.size, blake3: self.hash.finalize().to_hex().to_string() })
+    }
+}
+
+/// The tensors that a file still waits for, in their order.
+#[derive(Debug)]
+pub(super) struct Awaited {
+    path: PathBuf,
+    tensors: VecDeque<TensorSpec>,
+    /// Elements of the first one that are written already.
+    done: u64,
+    /// All tensors of the file.
+    count: usize,
+}
+
+impl Awaited {
+    pub(super) fn new(path: &Path, tensors: Vec<TensorSpec>) -> Self {
+        let count = tensors.len();
+        let mut awaited = Self { path: path.into(), tensors: tensors.into(), done: 0, count };
+        awaited.skip_empty();
+        awaited
+    }
+
+    /// Gives `put` the bytes of rows of the first tensor, which must be `name`.
+    pub(super) fn accept(
+        &mut self,
+        name: &str,
+        rows: &Tensor,
+        put: impl FnOnce(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let Some(tensor) = self.tensors.front() else {
             return Err(self.wrong(format!("{name} comes after the last tensor")));
         };
         let (dtype, kind) = (tensor.dtype, rows.f_kind()?);
@@ -98,12 +119,9 @@ impl SafetensorsWriter {
             );
             return Err(self.wrong(message));
         }
-        let bad = with_bytes(rows, |bytes| -> Result<_> {
-            let bad = dtype.first_non_finite(bytes);
-            if bad.is_none() {
-                self.put(bytes)?;
-            }
-            Ok(bad)
+        let bad = with_bytes(rows, |bytes| match dtype.first_non_finite(bytes) {
+            None => put(bytes).map(|()| None),
+            bad => Ok(bad),
         })??;
         if let Some((at, value)) = bad {
             return Err(Error::NonFinite {
@@ -115,7 +133,7 @@ impl SafetensorsWriter {
         }
         self.done += rows.numel() as u64;
         if rows.numel() as u64 == missing {
-            self.awaited.pop_front();
+            self.tensors.pop_front();
             self.done = 0;
             self.skip_empty();
         }
@@ -123,34 +141,76 @@ impl SafetensorsWriter {
     }
 
     /// Whether every tensor has been written.
-    pub(crate) fn is_complete(&self) -> bool {
-        self.awaited.is_empty()
+    pub(super) fn is_complete(&self) -> bool {
+        self.tensors.is_empty()
     }
 
-    /// Ends the file; who publishes its folder makes it durable.
-    pub(crate) fn finish(mut self) -> Result<Written> {
-        if let Some(tensor) = self.awaited.front() {
-            return Err(self.wrong(format!("{} was not written", tensor.name)));
+    /// Tensors up to the one that is written now.
+    pub(super) fn begun(&self) -> usize {
+        self.count - self.tensors.len().saturating_sub(1)
+    }
+
+    /// Fails if a tensor is missing.
+    pub(super) fn finish(&self) -> Result<()> {
+        match self.tensors.front() {
+            Some(tensor) => Err(self.wrong(format!("{} was not written", tensor.name))),
+            None => Ok(()),
         }
-        self.file.flush().map_err(Error::io(&self.path))?;
-        Ok(Written { size: self.size, blake3: self.hash.finalize().to_hex().to_string() })
-    }
-
-    fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        self.hash.update(bytes);
-        self.size += bytes.len() as u64;
-        self.file.write_all(bytes).map_err(Error::io(&self.path))
     }
 
     /// Tensors without elements need no rows.
     fn skip_empty(&mut self) {
-        while self.awaited.front().is_some_and(|tensor| tensor.size() == 0) {
-            self.awaited.pop_front();
+        while self.tensors.front().is_some_and(|tensor| tensor.size() == 0) {
+            self.tensors.pop_front();
         }
     }
 
     fn wrong(&self, message: String) -> Error {
         Error::Write { path: self.path.clone(), message }
+    }
+}
+
+/// A safetensors file that is being written.
+#[derive(Debug)]
+pub(crate) struct SafetensorsWriter {
+    path: PathBuf,
+    file: HashedFile,
+    awaited: Awaited,
+}
+
+impl SafetensorsWriter {
+    /// Creates `name` in the temporary folder `dir` and writes its header; errors name it as it
+    /// will be called in `target`.
+    pub(crate) fn create(
+        dir: &Path,
+        target: &Path,
+        name: &str,
+        tensors: Vec<TensorSpec>,
+    ) -> Result<Self> {
+        let path = target.join(name);
+        let header = header(&path, &tensors)?;
+        let mut file = HashedFile::create(&dir.join(name), &path)?;
+        file.write_all(&(header.len() as u64).to_le_bytes()).map_err(Error::io(&path))?;
+        file.write_all(&header).map_err(Error::io(&path))?;
+        let awaited = Awaited::new(&path, tensors);
+        Ok(Self { path, file, awaited })
+    }
+
+    /// Appends rows of the first tensor that is not complete, which must be `name`.
+    pub(crate) fn append(&mut self, name: &str, rows: &Tensor) -> Result<()> {
+        let (file, path) = (&mut self.file, &self.path);
+        self.awaited.accept(name, rows, |bytes| file.write_all(bytes).map_err(Error::io(path)))
+    }
+
+    /// Whether every tensor has been written.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.awaited.is_complete()
+    }
+
+    /// Ends the file; who publishes its folder makes it durable.
+    pub(crate) fn finish(self) -> Result<Written> {
+        self.awaited.finish()?;
+        self.file.finish(&self.path)
     }
 }
 

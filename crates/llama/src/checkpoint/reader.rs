@@ -9,9 +9,11 @@ use tch::Tensor;
 
 use super::{
     dtype::Dtype,
-    file::{Entry, ReadCounters, SafetensorsFile},
+    file::{Entry, ReadCounters, TensorFile},
     index::open_files,
+    nf4::{self, Nf4Weight},
     output::TensorSpec,
+    rank_files::RankFiles,
     tensors::{HEAD, is_derived, tensor_shapes},
 };
 use crate::{
@@ -31,15 +33,33 @@ const FINGERPRINT_BYTES: usize = 4096;
 pub struct Checkpoint {
     dir: PathBuf,
     config: LlamaConfig,
-    files: Vec<SafetensorsFile>,
-    /// The model's tensors in the order of the forward pass, with the file that holds each.
-    tensors: Vec<(String, usize)>,
-    file_of: BTreeMap<String, usize>,
+    storage: Storage,
+    /// The model's tensors in the order of the forward pass.
+    order: Vec<String>,
+    specs: BTreeMap<String, TensorSpec>,
+}
+
+/// How a folder holds the tensors.
+#[derive(Debug)]
+enum Storage {
+    /// Each in one file.
+    Whole { files: Vec<TensorFile>, places: BTreeMap<String, Place> },
+    /// Each rank of a group has its slices in a file of its own.
+    OfRanks(Box<RankFiles>),
+}
+
+/// Where and how a tensor is stored in one of several files.
+#[derive(Debug)]
+struct Place {
+    file: usize,
+    nf4: Option<Nf4Weight>,
 }
 
 impl Checkpoint {
     /// Opens a folder with `config.json` and `model.safetensors`, or
-    /// `model.safetensors.index.json` and the files that it names.
+    /// `model.safetensors.index.json` and the files that it names; weights may be in NF4, as
+    /// [`quantize`](crate::quantize) and bitsandbytes make them. Or one with a file a rank, as
+    /// [`shard`](crate::shard) writes it.
     ///
     /// # Errors
     /// Everything that is not as it should be: [`Error::WrongTensors`] lists all missing,
@@ -53,17 +73,23 @@ impl Checkpoint {
             return Err(Error::NoCheckpoint { path: dir.into(), message: message.into() });
         }
         let config = LlamaConfig::open(dir)?;
-        let files = open_files(dir)?;
-        let expected = tensor_shapes(&config);
-        let file_of = place(dir, &config, &files, &expected)?;
-        let tensors = expected
+        let shapes = tensor_shapes(&config);
+        let storage = if dir.join(RankFiles::INDEX).exists() {
+            Storage::OfRanks(Box::new(RankFiles::open(dir, &config)?))
+        } else {
+            let files = open_files(dir)?;
+            let places = place(dir, &config, &files, &shapes)?;
+            Storage::Whole { files, places }
+        };
+        let order = shapes.iter().map(|(name, _)| name.clone()).collect();
+        let specs = shapes
             .into_iter()
-            .map(|(name, _)| {
-                let file = file_of[&name];
-                (name, file)
+            .map(|(name, shape)| {
+                let dtype = storage.dtype(&name)?;
+                Ok((name.clone(), TensorSpec { name, dtype, shape }))
             })
-            .collect();
-        Ok(Self { dir: dir.to_path_buf(), config, files, tensors, file_of })
+            .collect::<Result<_>>()?;
+        Ok(Self { dir: dir.to_path_buf(), config, storage, order, specs })
     }
 
     /// The model's configuration.
@@ -79,20 +105,16 @@ impl Checkpoint {
     /// The model's tensors, in the order of the forward pass. A head that is tied to the
     /// embedding is not among them, whether it is stored or not.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.tensors.iter().map(|(name, _)| name.as_str())
+        self.order.iter().map(String::as_str)
     }
 
-    /// The model's tensors as they are stored, in the order of [`Checkpoint::names`].
+    /// The model's tensors in the order of [`Checkpoint::names`]: their shapes, and the data types in
+    /// which they are read.
     ///
     /// # Errors
     /// None for a checkpoint that was opened.
     pub fn specs(&self) -> Result<Vec<TensorSpec>> {
-        self.names()
-            .map(|name| {
-                let (dtype, shape) = (self.dtype_of(name)?, self.shape(name)?.to_vec());
-                Ok(TensorSpec { name: name.to_string(), dtype, shape })
-            })
-            .collect()
+        self.names().map(|name| self.spec(name).cloned()).collect()
     }
 
     /// The shape of a tensor.
@@ -100,63 +122,138 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::NoSuchTensor`].
     pub fn shape(&self, name: &str) -> Result<&[i64]> {
-        Ok(&self.entry(name)?.1.shape)
+        Ok(&self.spec(name)?.shape)
     }
 
-    /// The data type that a tensor is stored in.
+    /// The data type that a tensor is read in: the one that it is stored in, or that it was quantised
+    /// from.
     ///
     /// # Errors
     /// [`Error::NoSuchTensor`].
     pub fn dtype_of(&self, name: &str) -> Result<Dtype> {
-        let (file, entry) = self.entry(name)?;
-        Dtype::of_safetensors(entry.dtype).ok_or_else(|| Error::Header {
-            path: file.path().to_path_buf(),
-            message: format!("tensor {name} is {}", entry.dtype),
+        Ok(self.spec(name)?.dtype)
+    }
+
+    /// Whether a tensor is stored in NF4.
+    pub fn is_quantised(&self, name: &str) -> bool {
+        match &self.storage {
+            Storage::Whole { places, .. } => places.get(name).is_some_and(|p| p.nf4.is_some()),
+            Storage::OfRanks(_) => false,
+        }
+    }
+
+    /// Bytes that a tensor is stored in.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchTensor`].
+    pub fn bytes_of(&self, name: &str) -> Result<u64> {
+        let size = self.spec(name)?.size();
+        Ok(match &self.storage {
+            Storage::Whole { places, .. } => {
+                places.get(name).and_then(|place| place.nf4.as_ref()).map_or(size, Nf4Weight::bytes)
+            }
+            Storage::OfRanks(_) => size,
         })
     }
 
-    /// The data type that most parameters are stored in.
+    /// The number of ranks that the checkpoint is cut for, if it is stored as one file a rank.
+    pub fn cut_for(&self) -> Option<usize> {
+        match &self.storage {
+            Storage::Whole { .. } => None,
+            Storage::OfRanks(ranks) => Some(ranks.tp()),
+        }
+    }
+
+    /// Makes sure that a rank of a group of `tp` can load from this checkpoint. A file of the rank's own
+    /// is read and compared with the manifest's hash.
+    ///
+    /// # Errors
+    /// [`Error::CutForOthers`] if the checkpoint is cut for another number of ranks; a damaged or missing
+    /// file by name.
+    pub fn check_rank(&self, tp_rank: usize, tp: usize) -> Result<()> {
+        match &self.storage {
+            Storage::Whole { .. } => Ok(()),
+            Storage::OfRanks(ranks) if ranks.tp() == tp => ranks.verify_rank(tp_rank),
+            Storage::OfRanks(ranks) => {
+                let path = self.dir.clone();
+                Err(Error::CutForOthers { path, expected: ranks.tp(), got: tp })
+            }
+        }
+    }
+
+    /// The data type that most parameters are read in.
     pub fn dtype(&self) -> Dtype {
         let mut elements = BTreeMap::new();
-        for (name, _) in &self.tensors {
-            if let (Ok(dtype), Ok(shape)) = (self.dtype_of(name), self.shape(name)) {
-                *elements.entry(dtype).or_insert(0) += shape.iter().product::<i64>();
-            }
+        for spec in self.specs.values() {
+            *elements.entry(spec.dtype).or_insert(0) += spec.shape.iter().product::<i64>();
         }
         elements.into_iter().max_by_key(|(_, count)| *count).map_or(Dtype::F32, |(dtype, _)| dtype)
     }
 
-    /// Reads a whole tensor, in the data type that it is stored in.
+    /// Reads a whole tensor, in the data type of [`Checkpoint::dtype_of`].
     ///
     /// # Errors
     /// [`Error::NoSuchTensor`], [`Error::NonFinite`], [`Error::Io`], [`Error::Torch`].
     pub fn read(&self, name: &str) -> Result<Tensor> {
-        let (file, entry) = self.entry(name)?;
-        file.read_rows(name, 0..entry.shape[0])
+        let rows = self.shape(name)?[0];
+        self.read_rows(name, 0..rows)
+    }
+
+    /// Reads some rows of a tensor.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::read`].
+    pub fn read_rows(&self, name: &str, rows: Range<i64>) -> Result<Tensor> {
+        let columns = self.shape(name)?.get(1).copied().unwrap_or(1);
+        self.read_block(name, rows, 0..columns)
     }
 
     /// Reads one rank's part of a tensor. Ranges of rows are read alone; for ranges of columns the
-    /// whole tensor is read, in chunks, and the columns are copied out of them.
+    /// whole tensor is read, in chunks, and the columns are copied out of them. What is stored for this
+    /// rank is read as it is.
     ///
     /// # Errors
     /// As [`Checkpoint::read`], and [`Error::ShardMismatch`] for the plan of another model.
     pub fn read_slice(&self, name: &str, shard: &Shard) -> Result<Tensor> {
-        let (file, entry) = self.entry(name)?;
+        let shape = self.shape(name)?;
         let fits = |dim: usize, slice: &Slice| {
-            if entry.shape.get(dim) == Some(&slice.full()) {
+            if shape.get(dim) == Some(&slice.full()) {
                 return Ok(slice.range());
             }
             Err(Error::ShardMismatch {
                 name: name.to_string(),
                 dim: dim as i64,
                 expected: slice.full(),
-                got: entry.shape.clone(),
+                got: shape.to_vec(),
             })
         };
-        match shard {
-            Shard::Replicated => self.read(name),
-            Shard::Rows(slice) => file.read_rows(name, fits(0, slice)?),
-            Shard::Columns(slice) => file.read_columns(name, fits(1, slice)?),
+        let columns = 0..shape.get(1).copied().unwrap_or(1);
+        let (rows, columns) = match shard {
+            Shard::Replicated => (0..shape[0], columns),
+            Shard::Rows(slice) => (fits(0, slice)?, columns),
+            Shard::Columns(slice) => (0..shape[0], fits(1, slice)?),
+        };
+        match &self.storage {
+            Storage::Whole { .. } => self.read_block(name, rows, columns),
+            Storage::OfRanks(ranks) => ranks.read_slice(name, shard),
+        }
+    }
+
+    /// Some columns of some rows of a tensor.
+    fn read_block(&self, name: &str, rows: Range<i64>, columns: Range<i64>) -> Result<Tensor> {
+        match &self.storage {
+            Storage::OfRanks(ranks) => {
+                ranks.pieces(name).read(&|rank| ranks.file(rank), rows, columns)
+            }
+            Storage::Whole { files, places } => {
+                let place = places.get(name).ok_or_else(|| self.no_such(name))?;
+                let file = &files[place.file];
+                match &place.nf4 {
+                    Some(weight) => weight.read_block(file, rows, columns),
+                    None if self.shape(name)?.len() == 1 => file.read_rows(name, rows),
+                    None => file.read_block(name, rows, columns),
+                }
+            }
         }
     }
 
@@ -170,32 +267,49 @@ impl Checkpoint {
         name: &'a str,
         max_bytes: usize,
     ) -> Result<impl Iterator<Item = Result<(Range<i64>, Tensor)>> + 'a> {
-        let (file, entry) = self.entry(name)?;
-        let rows = entry.shape[0];
-        let row_bytes = (entry.len / rows.max(1) as u64).max(1);
-        let step = (max_bytes as u64 / row_bytes).max(1) as usize;
-        Ok((0..rows).step_by(step).map(move |start| {
-            let range = start..rows.min(start + step as i64);
-            Ok((range.clone(), file.read_rows(name, range)?))
-        }))
+        let all = self.spec(name)?.blocks(1, max_bytes);
+        Ok(all.map(move |rows| Ok((rows.clone(), self.read_rows(name, rows)?))))
     }
 
     /// What was read of the tensors of all files since they were opened.
     pub fn counters(&self) -> ReadCounters {
-        self.files
-            .iter()
-            .map(SafetensorsFile::counters)
-            .fold(ReadCounters::default(), ReadCounters::plus)
+        match &self.storage {
+            Storage::Whole { files, .. } => files
+                .iter()
+                .map(TensorFile::counters)
+                .fold(ReadCounters::default(), ReadCounters::plus),
+            Storage::OfRanks(ranks) => ranks.counters(),
+        }
     }
 
     /// Bytes of the files, headers included.
     pub fn bytes_stored(&self) -> u64 {
-        self.files.iter().map(SafetensorsFile::size).sum()
+        match &self.storage {
+            Storage::Whole { files, .. } => files.iter().map(TensorFile::size).sum(),
+            Storage::OfRanks(ranks) => ranks.bytes_stored(),
+        }
     }
 
     /// The safetensors files.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
-        self.files.iter().map(SafetensorsFile::path)
+        let (whole, of_ranks) = match &self.storage {
+            Storage::Whole { files, .. } => (&files[..], &[][..]),
+            Storage::OfRanks(ranks) => (&[][..], ranks.paths()),
+        };
+        whole.iter().map(TensorFile::path).chain(of_ranks.iter().map(PathBuf::as_path))
+    }
+
+    /// The text of `config.json` of the same model with weights that are not quantised.
+    pub(crate) fn plain_config(&self) -> Result<Vec<u8>> {
+        let path = self.dir.join("config.json");
+        let bytes = fs::read(&path).map_err(Error::io(&path))?;
+        if !self.names().any(|name| self.is_quantised(name)) {
+            return Ok(bytes);
+        }
+        let mut config: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_slice(&bytes).map_err(|source| Error::Json { path, source })?;
+        config.remove("quantization_config");
+        Ok(format!("{:#}\n", serde_json::Value::from(config)).into_bytes())
     }
 
     /// A hash that tells checkpoints apart without reading them: of the configuration, the
@@ -213,19 +327,42 @@ impl Checkpoint {
                 hash.update(&bytes);
             }
         }
-        for file in &self.files {
-            hash.update(file.header_hash().as_bytes()).update(&file.size().to_le_bytes());
-            for entry in file.entries().values() {
-                hash.update(&file.read_head(entry, FINGERPRINT_BYTES)?);
+        match &self.storage {
+            Storage::Whole { files, .. } => {
+                for file in files {
+                    hash.update(file.header_hash().as_bytes()).update(&file.size().to_le_bytes());
+                    for entry in file.entries().values() {
+                        hash.update(&file.read_head(entry, FINGERPRINT_BYTES)?);
+                    }
+                }
+            }
+            Storage::OfRanks(ranks) => {
+                for text in ranks.hashes() {
+                    hash.update(text.as_bytes());
+                }
             }
         }
         Ok(hash.finalize().to_hex().to_string())
     }
 
-    fn entry(&self, name: &str) -> Result<(&SafetensorsFile, &Entry)> {
-        let no_such = || Error::NoSuchTensor { path: self.dir.clone(), name: name.to_string() };
-        let file = &self.files[*self.file_of.get(name).ok_or_else(no_such)?];
-        Ok((file, file.entry(name)?))
+    fn spec(&self, name: &str) -> Result<&TensorSpec> {
+        self.specs.get(name).ok_or_else(|| self.no_such(name))
+    }
+
+    fn no_such(&self, name: &str) -> Error {
+        Error::NoSuchTensor { path: self.dir.clone(), name: name.to_string() }
+    }
+}
+
+impl Storage {
+    fn dtype(&self, name: &str) -> Result<Dtype> {
+        match self {
+            Self::Whole { files, places } => match &places[name] {
+                Place { nf4: Some(weight), .. } => Ok(weight.dtype),
+                Place { file, .. } => files[*file].dtype(name),
+            },
+            Self::OfRanks(ranks) => ranks.dtype(name),
+        }
     }
 }
 
@@ -233,23 +370,36 @@ impl Checkpoint {
 fn place(
     dir: &Path,
     config: &LlamaConfig,
-    files: &[SafetensorsFile],
+    files: &[TensorFile],
     expected: &[(String, Vec<i64>)],
-) -> Result<BTreeMap<String, usize>> {
+) -> Result<BTreeMap<String, Place>> {
     let mut problems = TensorProblems::default();
-    let mut file_of = BTreeMap::new();
+    let mut places = BTreeMap::new();
+    let mut beside_codes = BTreeSet::new();
     for (name, shape) in expected {
         let found = files.iter().position(|file| file.entries().contains_key(name));
         let Some(number) = found else {
             problems.missing.push(name.clone());
             continue;
         };
-        compare(name, shape, files[number].entry(name)?, &mut problems);
-        file_of.insert(name.clone(), number);
+        let file = &files[number];
+        let mut nf4 = None;
+        if file.entries().contains_key(&nf4::state_name(name)) {
+            beside_codes.extend(nf4::beside(name));
+            let weight = Nf4Weight::open(file, name)?;
+            if weight.shape != *shape {
+                let got = &weight.shape;
+                problems.misshapen.push(format!("{name} (expected {shape:?}, got {got:?})"));
+            }
+            nf4 = Some(weight);
+        } else {
+            compare(name, shape, file.entry(name)?, &mut problems);
+        }
+        places.insert(name.clone(), Place { file: number, nf4 });
     }
     let known: BTreeSet<&String> = expected.iter().map(|(name, _)| name).collect();
-    for (name, entry) in files.iter().flat_map(SafetensorsFile::entries) {
-        if known.contains(name) || is_derived(name) {
+    for (name, entry) in files.iter().flat_map(TensorFile::entries) {
+        if known.contains(name) || beside_codes.contains(name) || is_derived(name) {
             continue;
         }
         if name == HEAD && config.tie_word_embeddings {
@@ -264,7 +414,7 @@ fn place(
         problems.unexpected.push(name.clone());
     }
     if problems.is_empty() {
-        Ok(file_of)
+        Ok(places)
     } else {
         Err(Error::WrongTensors { path: dir.to_path_buf(), problems })
     }

@@ -1,5 +1,7 @@
 //! Names and shapes of a LLaMA's tensors, as Hugging Face stores them.
 
+use std::ops::Range;
+
 use crate::config::LlamaConfig;
 
 /// The linear layers of a layer, by their path within it, with (out, in) features.
@@ -40,6 +42,16 @@ pub(crate) fn tensor_shapes(config: &LlamaConfig) -> Vec<(String, Vec<i64>)> {
     all
 }
 
+/// The shape of a tensor of the model; of a name that it does not have, that of a norm.
+pub(crate) fn shape_of(config: &LlamaConfig, name: &str) -> Vec<i64> {
+    if name == EMBEDDING || name == HEAD {
+        return vec![config.vocab_size, config.hidden_size];
+    }
+    let module = name.strip_suffix(".weight").unwrap_or(name);
+    let linear = linear_shapes(config).into_iter().find(|(path, _)| module.ends_with(path));
+    linear.map_or_else(|| vec![config.hidden_size], |(_, shape)| shape.to_vec())
+}
+
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 pub(crate) const HEAD: &str = "lm_head.weight";
 
@@ -47,4 +59,16 @@ pub(crate) const HEAD: &str = "lm_head.weight";
 /// conversions of LLaMA stored with the weights though the configuration gives them.
 pub(crate) fn is_derived(name: &str) -> bool {
     name.starts_with("model.layers.") && name.ends_with(".self_attn.rotary_emb.inv_freq")
+}
+
+/// Rows `0..rows` in blocks of about `max_bytes`, each a multiple of `unit` rows.
+pub(crate) fn blocks(
+    rows: i64,
+    row_bytes: u64,
+    unit: i64,
+    max_bytes: usize,
+) -> impl Iterator<Item = Range<i64>> {
+    let units = (max_bytes as u64 / (row_bytes * unit as u64).max(1)).max(1);
+    let step = units as i64 * unit;
+    (0..rows).step_by(step as usize).map(move |start| start..rows.min(start + step))
 }

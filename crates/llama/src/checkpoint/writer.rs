@@ -10,7 +10,7 @@ use tch::Tensor;
 
 use super::{
     index::{INDEX, SINGLE},
-    output::{SafetensorsWriter, TensorSpec},
+    output::{SafetensorsWriter, TensorSpec, Written},
 };
 use crate::error::{Error, Result};
 
@@ -30,6 +30,9 @@ const COMPANIONS: [&str; 12] = [
     "LICENSE.txt",
 ];
 
+/// The companions that are the same whatever the layout of the weights.
+pub(crate) const TOKENIZER_FILES: &[&str] = COMPANIONS.as_slice().split_at(2).1;
+
 /// The largest file that Hugging Face's tools write without being told.
 pub const DEFAULT_MAX_SHARD_SIZE: u64 = 5_000_000_000;
 
@@ -39,13 +42,11 @@ pub const DEFAULT_MAX_SHARD_SIZE: u64 = 5_000_000_000;
 /// until then it is a temporary sibling, which a dropped writer removes.
 #[derive(Debug)]
 pub struct CheckpointWriter {
-    output: PathBuf,
-    dir: AtomicDir,
+    folder: FolderWriter,
     order: Vec<TensorSpec>,
     /// Files to come: name and tensors.
     shards: VecDeque<(String, Vec<TensorSpec>)>,
     open: Option<(String, SafetensorsWriter)>,
-    files: BTreeMap<String, FileEntry>,
     index: Option<serde_json::Value>,
 }
 
@@ -60,9 +61,17 @@ impl CheckpointWriter {
         mut tensors: Vec<TensorSpec>,
         max_shard_size: u64,
     ) -> Result<Self> {
-        let output = output.as_ref();
-        let dir = AtomicDir::create(output)?;
         put_in_order(&mut tensors);
+        Self::create_in_order(output.as_ref(), tensors, max_shard_size)
+    }
+
+    /// As [`CheckpointWriter::create`], for tensors in an order that keeps their elements aligned.
+    pub(crate) fn create_in_order(
+        output: &Path,
+        tensors: Vec<TensorSpec>,
+        max_shard_size: u64,
+    ) -> Result<Self> {
+        let folder = FolderWriter::create(output)?;
         let shards = cut(&tensors, max_shard_size);
         let count = shards.len();
         let names = (1..=count).map(|number| match count {
@@ -71,8 +80,7 @@ impl CheckpointWriter {
         });
         let shards: VecDeque<_> = names.zip(shards).collect();
         let index = (count > 1).then(|| index_of(&shards));
-        let (order, open, files) = (tensors, None, BTreeMap::new());
-        Ok(Self { output: output.to_path_buf(), dir, order, shards, open, files, index })
+        Ok(Self { folder, order: tensors, shards, open: None, index })
     }
 
     /// The tensors in the order in which they must be written.
@@ -104,10 +112,7 @@ impl CheckpointWriter {
     /// # Errors
     /// [`Error::Io`].
     pub fn add_file(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        fs::write(self.dir.path().join(name), bytes).map_err(Error::io(self.output.join(name)))?;
-        let blake3 = blake3::hash(bytes).to_hex().to_string();
-        self.files.insert(name.to_string(), FileEntry { size: bytes.len() as u64, blake3 });
-        Ok(())
+        self.folder.add_file(name, bytes)
     }
 
     /// Copies configuration, tokenizer and licence of the checkpoint in `dir`, as far as they are
@@ -116,7 +121,99 @@ impl CheckpointWriter {
     /// # Errors
     /// [`Error::Io`].
     pub fn copy_companions(&mut self, dir: &Path) -> Result<()> {
-        for name in COMPANIONS {
+        self.folder.copy_companions(dir, &COMPANIONS)
+    }
+
+    /// Copies the tokenizer and the licence that lie in `dir`, then the tokenizer that is given, a file
+    /// or a folder of its own.
+    pub(crate) fn add_tokenizer(&mut self, dir: &Path, tokenizer: Option<&Path>) -> Result<()> {
+        self.folder.copy_companions(dir, TOKENIZER_FILES)?;
+        match tokenizer {
+            Some(path) if path.is_dir() => self.folder.copy_companions(path, TOKENIZER_FILES),
+            Some(path) => {
+                let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+                let parent = path.parent().unwrap_or(Path::new("."));
+                self.folder.copy_companions(parent, &[name])
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Writes index and manifest and gives the folder its name.
+    ///
+    /// # Errors
+    /// [`Error::Write`] if a tensor is missing, [`Error::Io`], [`Error::Files`].
+    pub fn finish(self) -> Result<()> {
+        self.finish_checked(|_| Ok(()))
+    }
+
+    /// As [`CheckpointWriter::finish`]; `check` sees the folder before it gets its name, and decides
+    /// whether it does.
+    pub(crate) fn finish_checked<R>(mut self, check: impl FnOnce(&Path) -> Result<R>) -> Result<R> {
+        if let Some((_, shard)) = self.open.take() {
+            shard.finish()?; // fails: it awaits a tensor
+        }
+        if let Some((file, _)) = self.shards.front() {
+            let message = format!("{file} was not written");
+            return Err(Error::Write { path: self.folder.output, message });
+        }
+        if let Some(index) = self.index.take() {
+            self.add_file(INDEX, format!("{index:#}\n").as_bytes())?;
+        }
+        self.folder.finish_checked(check)
+    }
+
+    fn next_shard(&mut self, name: &str) -> Result<(String, SafetensorsWriter)> {
+        let (file, tensors) = self.shards.pop_front().ok_or_else(|| Error::Write {
+            path: self.folder.output.clone(),
+            message: format!("{name} comes after the last tensor"),
+        })?;
+        let (dir, output) = self.folder.paths();
+        let writer = SafetensorsWriter::create(dir, output, &file, tensors)?;
+        Ok((file, writer))
+    }
+
+    fn close(&mut self, (file, writer): (String, SafetensorsWriter)) -> Result<()> {
+        self.folder.add_written(file, writer.finish()?);
+        Ok(())
+    }
+}
+
+/// A folder that is being written, with the entries of its manifest.
+#[derive(Debug)]
+pub(crate) struct FolderWriter {
+    output: PathBuf,
+    dir: AtomicDir,
+    files: BTreeMap<String, FileEntry>,
+}
+
+impl FolderWriter {
+    pub(crate) fn create(output: &Path) -> Result<Self> {
+        let dir = AtomicDir::create(output)?;
+        Ok(Self { output: output.to_path_buf(), dir, files: BTreeMap::new() })
+    }
+
+    /// The temporary folder, and the one that it will be.
+    pub(crate) fn paths(&self) -> (&Path, &Path) {
+        (self.dir.path(), &self.output)
+    }
+
+    pub(crate) fn add_file(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        fs::write(self.dir.path().join(name), bytes).map_err(Error::io(self.output.join(name)))?;
+        let blake3 = blake3::hash(bytes).to_hex().to_string();
+        self.add_written(name.to_string(), Written { size: bytes.len() as u64, blake3 });
+        Ok(())
+    }
+
+    /// Enters a file that is in the temporary folder.
+    pub(crate) fn add_written(&mut self, name: String, written: Written) {
+        let Written { size, blake3 } = written;
+        self.files.insert(name, FileEntry { size, blake3 });
+    }
+
+    /// Copies those of the named files that are in `dir`.
+    pub(crate) fn copy_companions(&mut self, dir: &Path, names: &[&str]) -> Result<()> {
+        for name in names {
             let path = dir.join(name);
             if path.is_file() {
                 let bytes = fs::read(&path).map_err(Error::io(&path))?;
@@ -126,38 +223,13 @@ impl CheckpointWriter {
         Ok(())
     }
 
-    /// Writes index and manifest and gives the folder its name.
-    ///
-    /// # Errors
-    /// [`Error::Write`] if a tensor is missing, [`Error::Io`], [`Error::Files`].
-    pub fn finish(mut self) -> Result<()> {
-        if let Some((_, shard)) = self.open.take() {
-            shard.finish()?; // fails: it awaits a tensor
-        }
-        if let Some((file, _)) = self.shards.front() {
-            let message = format!("{file} was not written");
-            return Err(Error::Write { path: self.output, message });
-        }
-        if let Some(index) = self.index.take() {
-            self.add_file(INDEX, format!("{index:#}\n").as_bytes())?;
-        }
-        self.dir.commit(&Manifest { files: self.files })?;
-        Ok(())
-    }
-
-    fn next_shard(&mut self, name: &str) -> Result<(String, SafetensorsWriter)> {
-        let (file, tensors) = self.shards.pop_front().ok_or_else(|| Error::Write {
-            path: self.output.clone(),
-            message: format!("{name} comes after the last tensor"),
-        })?;
-        let writer = SafetensorsWriter::create(self.dir.path(), &self.output, &file, tensors)?;
-        Ok((file, writer))
-    }
-
-    fn close(&mut self, (file, writer): (String, SafetensorsWriter)) -> Result<()> {
-        let written = writer.finish()?;
-        self.files.insert(file, FileEntry { size: written.size, blake3: written.blake3 });
-        Ok(())
+    /// Writes the manifest, lets `check` look at the folder, and gives it its name.
+    pub(crate) fn finish_checked<R>(self, check: impl FnOnce(&Path) -> Result<R>) -> Result<R> {
+        let path = self.dir.path().to_path_buf();
+        let sealed = self.dir.seal(&Manifest { files: self.files })?;
+        let checked = check(&path)?;
+        sealed.publish()?;
+        Ok(checked)
     }
 }
 

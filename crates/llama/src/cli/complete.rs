@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{SUBCOMMANDS, SamplingArgs};
 use crate::{
-    Checkpoint, Llama, LoadOptions, check_tokenizer, eos_token_ids,
+    AdapterFile, Checkpoint, Llama, LoadOptions, check_tokenizer, eos_token_ids,
     generation::{Engine, EngineConfig, Event, Request, Statistics},
     select_kind,
 };
@@ -30,6 +30,9 @@ pub(super) struct CompleteArgs {
     /// Folder of the checkpoint: config.json, safetensors files, tokenizer.
     #[arg(long, value_name = "DIR", aliases = ["ckpt-dir", "model-name-or-path"])]
     checkpoint: Option<PathBuf>,
+    /// Folder of a PEFT adapter, which is not merged: adapter_config.json, adapter_model.safetensors.
+    #[arg(long, value_name = "DIR", alias = "lora-weights")]
+    adapter: Option<PathBuf>,
     /// tokenizer.json, tokenizer.model, or the folder that holds it [default: the checkpoint's].
     #[arg(long, value_name = "PATH", aliases = ["tokenizer-path", "tokenizer-name"])]
     tokenizer: Option<PathBuf>,
@@ -69,6 +72,8 @@ pub(super) struct CompleteArgs {
 #[derive(Debug, Serialize)]
 struct CompleteConfig {
     checkpoint: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    adapter: Option<PathBuf>,
     tokenizer: PathBuf,
     prompt: String,
     max_gen_len: usize,
@@ -100,6 +105,7 @@ impl TryFrom<CompleteArgs> for CompleteConfig {
         Ok(Self {
             tokenizer: args.tokenizer.unwrap_or_else(|| checkpoint.clone()),
             checkpoint,
+            adapter: args.adapter,
             prompt,
             max_gen_len: args.max_gen_len.unwrap_or(128),
             sampling: args.sampling.resolved()?,
@@ -154,7 +160,8 @@ fn complete(config: &CompleteConfig, launch: &Launch) -> anyhow::Result<Done> {
     let tokenizer = Tokenizer::open(&config.tokenizer)?;
     check_tokenizer(checkpoint.config(), &tokenizer)
         .with_context(|| config.tokenizer.display().to_string())?;
-    agree(config, &checkpoint, &tokenizer, world)?;
+    let adapter = config.adapter.as_ref().map(AdapterFile::open).transpose()?;
+    agree(config, &checkpoint, adapter.as_ref(), &tokenizer, world)?;
     let tokens = tokenizer.encode_with_bos(&config.prompt);
     if tokens.is_empty() {
         bail!("the prompt is empty");
@@ -162,7 +169,10 @@ fn complete(config: &CompleteConfig, launch: &Launch) -> anyhow::Result<Done> {
     let device = select_device(&config.device, launch.local_rank(), world)?;
     let kind = select_kind(&config.dtype, device, checkpoint.dtype())?;
     let options = LoadOptions { device, kind, pack: true, tp_rank: world.rank(), tp };
-    let model = Llama::load(&checkpoint, &options)?;
+    let mut model = Llama::load(&checkpoint, &options)?;
+    if let Some(adapter) = &adapter {
+        model.attach(adapter)?;
+    }
     tracing::info!(
         tokens = tokens.len(),
         ?device,
@@ -245,6 +255,7 @@ fn print(
 fn agree(
     config: &CompleteConfig,
     checkpoint: &Checkpoint,
+    adapter: Option<&AdapterFile>,
     tokenizer: &Tokenizer,
     world: &dyn Communicator,
 ) -> anyhow::Result<()> {
@@ -254,6 +265,7 @@ fn agree(
     let values = [
         ("version", env!("CARGO_PKG_VERSION").to_owned()),
         ("the checkpoint's fingerprint", checkpoint.fingerprint()?),
+        ("the adapter's fingerprint", adapter.map_or(Ok("none".into()), AdapterFile::fingerprint)?),
         ("the tokenizer's fingerprint", tokenizer.fingerprint().to_owned()),
         ("the prompt", config.prompt.clone()),
         ("max_gen_len", config.max_gen_len.to_string()),

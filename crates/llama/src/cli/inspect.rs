@@ -99,20 +99,26 @@ fn describe(checkpoint: &Checkpoint) -> anyhow::Result<String> {
     }
     let files = checkpoint.files().count();
     line("files", format!("{files}, {} bytes", checkpoint.bytes_stored()))?;
+    if let Some(ranks) = checkpoint.cut_for() {
+        line("cut for", format!("{ranks} ranks"))?;
+    }
     line("tokenizer", tokenizer(checkpoint)?)?;
     line("fingerprint", checkpoint.fingerprint()?)?;
     Ok(text)
 }
 
 /// Number and bytes of the tensors of each data type.
-fn by_dtype(checkpoint: &Checkpoint) -> anyhow::Result<BTreeMap<String, [i64; 2]>> {
+fn by_dtype(checkpoint: &Checkpoint) -> anyhow::Result<BTreeMap<String, [u64; 2]>> {
     let mut all = BTreeMap::new();
     for name in checkpoint.names() {
         let dtype = checkpoint.dtype_of(name)?;
-        let elements: i64 = checkpoint.shape(name)?.iter().product();
-        let [tensors, bytes] = all.entry(dtype.to_string()).or_insert([0, 0]);
+        let stored = match checkpoint.is_quantised(name) {
+            true => format!("{dtype} in NF4"),
+            false => dtype.to_string(),
+        };
+        let [tensors, bytes] = all.entry(stored).or_insert([0, 0]);
         *tensors += 1;
-        *bytes += elements * dtype.size() as i64;
+        *bytes += checkpoint.bytes_of(name)?;
     }
     Ok(all)
 }

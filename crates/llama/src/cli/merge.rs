@@ -1,10 +1,9 @@
-use std::{ops::ControlFlow, path::PathBuf};
+use std::path::PathBuf;
 
-use anyhow::Context;
-use dromedary_command::{Common, Error, Progress, StopFlag, required};
+use dromedary_command::{Common, Error, boolean, required};
 use serde::{Deserialize, Serialize};
 
-use super::{byte_size::ByteSize, settings};
+use super::{byte_size::ByteSize, settings, watched::Watched};
 use crate::{
     checkpoint::DEFAULT_MAX_SHARD_SIZE,
     merge::{MergeOptions, merge},
@@ -13,7 +12,9 @@ use crate::{
 /// Add a LoRA adapter into its base and write a checkpoint of its own.
 ///
 /// Weights are added in f32 and stored in the base's data type, block by block: memory stays small
-/// whatever the model's size. The output folder appears when it is complete.
+/// whatever the model's size. A base in NF4 is dequantised: an adapter that was trained on it belongs to
+/// these weights. At the end both sides compute the logits of a fixed prompt; the output folder appears
+/// when they agree.
 #[derive(Debug, Default, clap::Args, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct MergeArgs {
@@ -29,6 +30,9 @@ pub(super) struct MergeArgs {
     /// Largest weight file, in bytes or with a unit [default: 5GB].
     #[arg(long, value_name = "SIZE")]
     max_shard_size: Option<ByteSize>,
+    /// Do not compare the logits of base and adapter with those of the output.
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
+    no_verify: Option<bool>,
 }
 
 #[derive(Debug, Serialize)]
@@ -37,6 +41,7 @@ struct MergeConfig {
     adapter: PathBuf,
     output: PathBuf,
     max_shard_size: ByteSize,
+    no_verify: bool,
 }
 
 impl TryFrom<MergeArgs> for MergeConfig {
@@ -48,31 +53,22 @@ impl TryFrom<MergeArgs> for MergeConfig {
             adapter: required(args.adapter, "adapter")?,
             output: required(args.output, "output")?,
             max_shard_size: args.max_shard_size.unwrap_or(ByteSize(DEFAULT_MAX_SHARD_SIZE)),
+            no_verify: args.no_verify.unwrap_or(false),
         })
     }
 }
 
 pub(super) fn run(args: MergeArgs, common: &Common) -> anyhow::Result<()> {
     let Some(config) = settings::<_, MergeConfig>("merge", args, common)? else { return Ok(()) };
-    let stop = StopFlag::install()?;
-    let progress = Progress::new(None, "bytes", !common.quiet);
-    let mut on_block = |bytes| {
-        progress.inc(bytes);
-        if stop.is_set() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    };
+    let watched = Watched::new("merge", common)?;
     let options = MergeOptions {
         checkpoint: config.checkpoint,
         adapter: config.adapter,
         output: config.output,
         max_shard_size: config.max_shard_size.0,
+        verify: !config.no_verify,
     };
-    let report = match merge(&options, &mut on_block) {
-        Err(crate::Error::Interrupted) => {
-            return Err(Error::stopped("merge stopped, nothing was written").into());
-        }
-        result => result.context("merge failed")?,
-    };
-    progress.finish();
+    let report = watched.run(|progress| merge(&options, progress))?;
     tracing::info!(
         "{}: {} tensors, {} of them changed, {} bytes",
         options.output.display(),
@@ -80,5 +76,5 @@ pub(super) fn run(args: MergeArgs, common: &Common) -> anyhow::Result<()> {
         report.merged,
         report.bytes
     );
-    Ok(())
+    watched.print_difference(report.difference)
 }

@@ -2,10 +2,14 @@
 
 mod byte_size;
 mod complete;
+mod convert;
 mod inspect;
 mod merge;
 mod plan;
+mod quantize;
 mod sampling_args;
+mod shard;
+mod watched;
 
 use std::process::ExitCode;
 
@@ -15,9 +19,11 @@ use serde::{Serialize, de::DeserializeOwned};
 pub use sampling_args::SamplingArgs;
 
 /// Names of the tables that a `--config` file may have.
-const SUBCOMMANDS: [&str; 4] = ["complete", "inspect", "merge", "plan"];
+const SUBCOMMANDS: [&str; 7] =
+    ["complete", "convert", "inspect", "merge", "plan", "quantize", "shard"];
 
-/// LLaMA checkpoints: look at them, plan their split over processes, merge adapters into them, run them.
+/// LLaMA checkpoints: look at them, convert, quantise and cut them, plan their split over processes, merge
+/// adapters into them, run them.
 #[derive(Debug, clap::Parser)]
 #[command(name = "llama", version)]
 pub struct Cli {
@@ -30,9 +36,12 @@ pub struct Cli {
 #[derive(Debug, clap::Subcommand)]
 enum Command {
     Complete(Box<complete::CompleteArgs>),
+    Convert(convert::ConvertArgs),
     Inspect(inspect::InspectArgs),
     Merge(merge::MergeArgs),
     Plan(plan::PlanArgs),
+    Quantize(quantize::QuantizeArgs),
+    Shard(shard::ShardArgs),
 }
 
 /// The settings of a subcommand; `None` where they were to be printed, which is done then.
@@ -64,9 +73,12 @@ impl Cli {
         }
         match self.command {
             Command::Complete(args) => complete::run(*args, &common),
+            Command::Convert(args) => convert::run(args, &common),
             Command::Inspect(args) => inspect::run(args, &common),
             Command::Merge(args) => merge::run(args, &common),
             Command::Plan(args) => plan::run(args, &common),
+            Command::Quantize(args) => quantize::run(args, &common),
+            Command::Shard(args) => shard::run(args, &common),
         }
     }
 }

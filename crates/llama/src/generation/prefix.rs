@@ -14,7 +14,7 @@ use tch::{Kind, Tensor};
 use super::Engine;
 use crate::{
     Dtype, Error, Result,
-    checkpoint::{SafetensorsFile, SafetensorsWriter, TensorSpec},
+    checkpoint::{SafetensorsWriter, TensorFile, TensorSpec},
     kv_cache::SharedPrefix,
 };
 
@@ -168,7 +168,7 @@ impl Engine<'_> {
         if serde_json::from_slice::<Description>(&bytes).ok().as_ref() != Some(description) {
             return Err(foreign(path, "it describes another prefix"));
         }
-        let file = SafetensorsFile::open(&folder.join(TENSORS))?;
+        let file = TensorFile::open(&folder.join(TENSORS))?;
         let mut prefix = SharedPrefix::new(description.tokens.clone());
         let shape = self.layer_shape(&description.tokens);
         for layer in 0..self.model.layers().len() {

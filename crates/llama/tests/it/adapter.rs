@@ -3,14 +3,22 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
+    ops::ControlFlow,
     path::Path,
 };
 
-use dromedary_llama::{Adapter, AdapterFile, Checkpoint, Error, LlamaConfig, LoraConfig, LoraPair};
+use dromedary_llama::{
+    Adapter, AdapterFile, Checkpoint, DEFAULT_MAX_SHARD_SIZE, Error, LlamaConfig, LoadOptions,
+    LoraConfig, LoraPair, MergeOptions, merge,
+};
+use dromedary_parallel::{Communicator, SingleProcess};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use crate::tiny::{self, Tiny, assert_same, noise, write_file};
+use crate::{
+    support,
+    tiny::{self, Tiny, assert_same, noise, write_file},
+};
 
 const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
 
@@ -250,4 +258,47 @@ fn adapters_of_other_models_do_not_fit() {
     let more = LlamaConfig { num_hidden_layers: 3, ..model };
     let text = file.check_fits(&more).unwrap_err().to_string();
     assert!(text.contains("7 of") && text.contains("model.layers.2."), "{text}");
+}
+
+#[test]
+fn an_adapter_runs_without_being_merged_at_any_number_of_ranks() {
+    let base = Tiny::of(
+        {
+            let mut config = tiny::config();
+            config["num_attention_heads"] = json!(12);
+            config
+        },
+        51,
+    )
+    .single();
+    let [adapter, merged] = ["adapter", "merged"].map(|name| base.path().join(name));
+    random(&base, 3, 9).save(&adapter).unwrap();
+    let options = MergeOptions {
+        checkpoint: base.path().to_path_buf(),
+        adapter: adapter.clone(),
+        output: merged.clone(),
+        max_shard_size: DEFAULT_MAX_SHARD_SIZE,
+        verify: true,
+    };
+    merge(&options, &mut |_| ControlFlow::Continue(())).unwrap();
+    let ids = [3, 7, 1, 30, 12];
+    let whole = |dir: &Path| support::load(dir, &LoadOptions::default());
+    let want = whole(&merged).forward_logits(&ids, &SingleProcess).unwrap();
+    let plain = whole(base.path()).forward_logits(&ids, &SingleProcess).unwrap();
+    assert!(support::difference(&plain, &want) > 1e-2, "the adapter changes nothing");
+    let adapter = AdapterFile::open(&adapter).unwrap();
+    let dir = base.path().to_path_buf();
+    for tp in [1, 2, 3, 5] {
+        for pack in [true, false] {
+            let got = support::on_ranks(tp, |comm| {
+                let options =
+                    LoadOptions { tp_rank: comm.rank(), tp, pack, ..LoadOptions::default() };
+                let mut model = support::load(&dir, &options);
+                model.attach(&adapter).unwrap();
+                model.forward_logits(&ids, comm).unwrap()
+            });
+            let off = support::difference(&got[0], &want);
+            assert!(off < 1e-5, "tp {tp}, packed {pack}: {off:.1e}");
+        }
+    }
 }

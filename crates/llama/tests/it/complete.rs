@@ -3,10 +3,16 @@
 use std::{
     fs,
     io::Read,
+    path::Path,
     process::{Command, Output, Stdio},
 };
 
-use crate::support::{data, mpirun, stories};
+use dromedary_llama::{Adapter, Checkpoint, LoraConfig, LoraPair};
+
+use crate::{
+    support::{data, mpirun, stories},
+    tiny::noise,
+};
 
 const BEGINNING: &str = "Once upon a time";
 const GREEDY: &str = ", there was a little girl named Lily. She loved to play outside in the park.";
@@ -196,4 +202,45 @@ fn a_tokenizer_of_another_model_is_an_error() {
 fn without_words_a_story_begins_at_the_beginning() {
     let text = stdout(&run(&["--prompt", "", "--temperature", "0", "--max-gen-len", "9"]));
     assert!(text.trim_start().starts_with("Once upon"), "{text}");
+}
+
+#[test]
+fn an_adapter_completes_as_its_merged_base_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let [adapter, merged] = ["adapter", "merged"].map(|name| dir.path().join(name));
+    let config = LoraConfig { r: 4, ..LoraConfig::default() };
+    let checkpoint = Checkpoint::open(stories()).unwrap();
+    let pair = |(module, [out, inner]): (String, [i64; 2])| {
+        let seed = blake3::hash(module.as_bytes()).as_bytes()[0].into();
+        let (a, b) = (noise(&[4, inner], seed) * 0.1, noise(&[out, 4], seed + 1) * 0.1);
+        (module, LoraPair { lora_a: a, lora_b: b })
+    };
+    let tensors = config.modules(checkpoint.config()).unwrap().into_iter().map(pair).collect();
+    Adapter { config, tensors }.save(&adapter).unwrap();
+    let merge = Command::new(env!("CARGO_BIN_EXE_llama"))
+        .arg("merge")
+        .arg("--checkpoint")
+        .arg(stories())
+        .arg("--adapter")
+        .arg(&adapter)
+        .arg("--output")
+        .arg(&merged)
+        .output()
+        .unwrap();
+    assert!(stdout(&merge).starts_with("logits differ by "));
+    let sampling = ["--prompt", BEGINNING, "--temperature", "0", "--max-gen-len", "40"];
+    let complete = |mut command: Command, checkpoint: &Path| {
+        command.arg("complete").args(sampling).arg("--checkpoint").arg(checkpoint);
+        command
+    };
+    let llama = env!("CARGO_BIN_EXE_llama");
+    let want = stdout(&complete(Command::new(llama), &merged).output().unwrap());
+    let plain = stdout(&complete(Command::new(llama), &stories()).output().unwrap());
+    assert_ne!(want, plain);
+    for flag in ["--adapter", "--lora_weights"] {
+        let mut command = complete(Command::new(llama), &stories());
+        assert_eq!(stdout(&command.arg(flag).arg(&adapter).output().unwrap()), want);
+    }
+    let mut split = complete(mpirun(2, llama), &stories());
+    assert_eq!(stdout(&split.arg("--adapter").arg(&adapter).output().unwrap()), want);
 }

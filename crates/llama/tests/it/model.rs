@@ -93,6 +93,7 @@ fn an_adapter_of_peft_in_place_equals_the_merged_checkpoint() {
         adapter: data("peft_adapter"),
         output: dir.path().join("merged"),
         max_shard_size: DEFAULT_MAX_SHARD_SIZE,
+        verify: true,
     };
     dromedary_llama::merge(&options, &mut |_| ControlFlow::Continue(())).unwrap();
     let want = logits(&load(&options.output, &LoadOptions::default()));
