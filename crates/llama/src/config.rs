@@ -380,12 +380,10 @@ impl Resolver<'_> {
     }
 
     fn torch_dtype(&self, name: Option<&str>) -> Result<Option<Dtype>> {
-        match name {
-            None => Ok(None),
-            Some("float32") => Ok(Some(Dtype::F32)),
-            Some("float16") => Ok(Some(Dtype::F16)),
-            Some("bfloat16") => Ok(Some(Dtype::Bf16)),
-            Some(name) => Err(self.unsupported("torch_dtype", name, "float32, float16, bfloat16")),
+        let Some(name) = name else { return Ok(None) };
+        match Dtype::of_torch_name(name) {
+            Some(dtype) => Ok(Some(dtype)),
+            None => Err(self.unsupported("torch_dtype", name, "float32, float16, bfloat16")),
         }
     }
 

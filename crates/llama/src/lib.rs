@@ -6,7 +6,8 @@
 //! that its [`LlamaConfig`] asks for. A [`Plan`] says which part of each tensor a tensor-parallel
 //! rank owns, and [`Checkpoint::read_slice`] reads that part and no more. [`Llama`] is the model, or
 //! one rank's share of it; its layers are two local halves ([`block`]), so that generation and
-//! training put their own all-reduces around them. A [`generation::Engine`] runs many rows behind one
+//! training put their own all-reduces around them. [`convert`], [`shard()`], [`quantize`] and [`merge`] write
+//! checkpoints in other layouts, in little memory. A [`generation::Engine`] runs many rows behind one
 //! shared prefix.
 //!
 //! ```no_run

@@ -45,6 +45,21 @@ impl Dtype {
         }
     }
 
+    /// PyTorch's name of the type.
+    pub(crate) fn torch_name(self) -> &'static str {
+        match self {
+            Dtype::F32 => "float32",
+            Dtype::F16 => "float16",
+            Dtype::Bf16 => "bfloat16",
+            Dtype::U8 => "uint8",
+        }
+    }
+
+    /// The type of weights that PyTorch calls so.
+    pub(crate) fn of_torch_name(name: &str) -> Option<Self> {
+        [Dtype::F32, Dtype::F16, Dtype::Bf16].into_iter().find(|dtype| dtype.torch_name() == name)
+    }
+
     pub(crate) fn of_safetensors(dtype: safetensors::Dtype) -> Option<Self> {
         match dtype {
             safetensors::Dtype::F32 => Some(Dtype::F32),

@@ -96,12 +96,8 @@ impl Nf4Weight {
             |message: String| Error::Nf4 { path: file.path().into(), name: name.into(), message };
         let bytes = file.read_bytes(&state_name(name), 0..u64::MAX)?;
         let state: State = serde_json::from_slice(&bytes).map_err(|e| wrong(e.to_string()))?;
-        let dtype = match state.dtype.as_str() {
-            "float32" => Dtype::F32,
-            "float16" => Dtype::F16,
-            "bfloat16" => Dtype::Bf16,
-            other => return Err(wrong(format!("it was made of {other}"))),
-        };
+        let dtype = Dtype::of_torch_name(&state.dtype)
+            .ok_or_else(|| wrong(format!("it was made of {}", state.dtype)))?;
         let got = (state.quant_type.as_str(), state.blocksize, state.nested_blocksize);
         if got != ("nf4", BLOCK_SIZE, NESTED_BLOCK_SIZE) || state.nested_dtype != "float32" {
             return Err(wrong(format!(
@@ -346,12 +342,7 @@ impl Quantiser {
         let state = State {
             quant_type: "nf4".into(),
             blocksize: BLOCK_SIZE,
-            dtype: match self.spec.dtype {
-                Dtype::F16 => "float16",
-                Dtype::Bf16 => "bfloat16",
-                _ => "float32",
-            }
-            .into(),
+            dtype: self.spec.dtype.torch_name().into(),
             shape: self.spec.shape,
             nested_blocksize: NESTED_BLOCK_SIZE,
             nested_dtype: "float32".into(),

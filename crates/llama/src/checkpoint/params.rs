@@ -170,11 +170,7 @@ impl Params {
             "rope_scaling": null,
             "rope_theta": self.rope_theta.unwrap_or(10_000.0),
             "tie_word_embeddings": false,
-            "torch_dtype": match sizes.dtype {
-                Dtype::F32 => "float32",
-                Dtype::F16 => "float16",
-                _ => "bfloat16",
-            },
+            "torch_dtype": sizes.dtype.torch_name(),
             "use_cache": true,
             "vocab_size": sizes.vocab_size,
         });

@@ -6,7 +6,7 @@ use std::{
     sync::OnceLock,
 };
 
-use dromedary_files::{Manifest, hash_file};
+use dromedary_files::Manifest;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -109,12 +109,9 @@ impl RankFiles {
         let name = Self::file_name(rank, self.tp());
         let path = self.dir.join(&name);
         let file = TensorFile::open(&path)?;
-        let expected = self.manifest.files.get(&name).map(|entry| entry.size);
-        if expected != Some(file.size()) {
-            let message = match expected {
-                Some(size) => format!("expected {size} bytes, got {}", file.size()),
-                None => "the manifest does not list it".into(),
-            };
+        let entry = self.manifest.files.get(&name).ok_or_else(|| unlisted(path.clone()))?;
+        if entry.size != file.size() {
+            let message = format!("expected {} bytes, got {}", entry.size, file.size());
             return Err(dromedary_files::Error::Damaged { path, message }.into());
         }
         self.check_shapes(rank, &file, path)?;
@@ -231,19 +228,14 @@ impl RankFiles {
     }
 }
 
+/// Compares one file with the manifest.
 fn verify(dir: &Path, manifest: &Manifest, name: &str) -> Result<()> {
-    let damaged =
-        |message| Error::from(dromedary_files::Error::Damaged { path: dir.join(name), message });
-    let entry =
-        manifest.files.get(name).ok_or_else(|| damaged("the manifest does not list it".into()))?;
-    let path = dir.join(name);
-    let size = fs::metadata(&path).map_err(Error::io(&path))?.len();
-    if size != entry.size {
-        return Err(damaged(format!("expected {} bytes, got {size}", entry.size)));
-    }
-    let got = hash_file(&path)?;
-    if got != entry.blake3 {
-        return Err(damaged(format!("expected the BLAKE3 hash {}, got {got}", entry.blake3)));
-    }
-    Ok(())
+    let entry = manifest.files.get(name).ok_or_else(|| unlisted(dir.join(name)))?;
+    let alone = Manifest { files: [(name.to_owned(), entry.clone())].into() };
+    Ok(alone.verify(dir)?)
+}
+
+fn unlisted(path: PathBuf) -> Error {
+    let message = "the manifest does not list it".into();
+    dromedary_files::Error::Damaged { path, message }.into()
 }

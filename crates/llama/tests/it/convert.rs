@@ -28,7 +28,7 @@ fn meta(name: &str) -> PathBuf {
     support::data("meta").join(name)
 }
 
-fn options(from: &Path, to: &Path) -> ConvertOptions {
+pub(crate) fn options(from: &Path, to: &Path) -> ConvertOptions {
     ConvertOptions {
         checkpoint: from.to_path_buf(),
         output: to.to_path_buf(),

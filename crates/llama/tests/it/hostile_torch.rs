@@ -9,10 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dromedary_llama::{ConvertOptions, DEFAULT_MAX_SHARD_SIZE, convert};
+use dromedary_llama::convert;
 use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
 
-use crate::{hostile::peak_rss_kb, support};
+use crate::{convert::options, hostile::peak_rss_kb, support};
 
 const DIR: &str = "HOSTILE_TORCH_CASES_DIR";
 const LIMIT: Duration = Duration::from_secs(2);
@@ -267,15 +267,7 @@ fn open_all_of_a_folder() {
     folders.sort();
     for folder in &folders {
         let start = Instant::now();
-        let options = ConvertOptions {
-            checkpoint: folder.clone(),
-            output: dir.join("output"),
-            num_shards: 1,
-            max_shard_size: DEFAULT_MAX_SHARD_SIZE,
-            tokenizer: None,
-            max_position_embeddings: None,
-            verify: true,
-        };
+        let options = options(folder, &dir.join("output"));
         let error = convert(&options, &mut |_| ControlFlow::Continue(())).err();
         let seconds = start.elapsed();
         let said = error.unwrap_or_else(|| panic!("{} was read", folder.display())).to_string();
@@ -299,15 +291,7 @@ fn a_good_file_of_the_same_making_gets_past_the_reader() {
     fs::copy(support::data("meta/single/params.json"), dir.path().join("params.json")).unwrap();
     let good = with_pickle(&tensor("0", 4, 0, &[2, 2], &[2, 1]));
     fs::write(dir.path().join("consolidated.00.pth"), good).unwrap();
-    let options = ConvertOptions {
-        checkpoint: dir.path().to_path_buf(),
-        output: dir.path().join("output"),
-        num_shards: 1,
-        max_shard_size: DEFAULT_MAX_SHARD_SIZE,
-        tokenizer: None,
-        max_position_embeddings: None,
-        verify: true,
-    };
+    let options = options(dir.path(), &dir.path().join("output"));
     // It is read, and lacks most of the model.
     let said = convert(&options, &mut |_| ControlFlow::Continue(())).unwrap_err().to_string();
     assert!(said.contains("missing") && said.contains("[2, 2]"), "{said}");
@@ -327,15 +311,7 @@ fn flipped_bits_never_panic() {
         let mut bad = good.clone();
         bad[at] ^= 1 << (at % 8);
         fs::write(&path, bad).unwrap();
-        let options = ConvertOptions {
-            checkpoint: dir.path().to_path_buf(),
-            output: dir.path().join("output"),
-            num_shards: 1,
-            max_shard_size: DEFAULT_MAX_SHARD_SIZE,
-            tokenizer: None,
-            max_position_embeddings: None,
-            verify: false,
-        };
+        let options = options(dir.path(), &dir.path().join("output"));
         // One file of three: never a whole model, whatever was flipped.
         assert!(convert(&options, &mut |_| ControlFlow::Continue(())).is_err());
     }

@@ -9,8 +9,8 @@ use std::{
 
 use dromedary_llama::{
     Adapter, Checkpoint, CheckpointWriter, ConvertOptions, DEFAULT_MAX_SHARD_SIZE, Dtype,
-    LlamaConfig, LoraConfig, LoraPair, MergeOptions, QuantizeOptions, ShardOptions, TensorSpec,
-    convert, merge, quantize, shard,
+    LoraConfig, LoraPair, MergeOptions, QuantizeOptions, ShardOptions, TensorSpec, convert, merge,
+    quantize, shard,
 };
 use serde_json::json;
 use tch::{Kind, Tensor};
@@ -22,32 +22,6 @@ const TOOL: &str = "STREAMING_TOOL";
 /// Above what the process has when it starts.
 const MAX_GROWTH_KB: u64 = 300 * 1024;
 const TOOLS: [&str; 6] = ["to-meta", "to-hf", "shard", "quantize", "merge", "merge-nf4"];
-
-fn names(config: &LlamaConfig) -> Vec<(String, Vec<i64>)> {
-    let (hidden, ffn, vocab) = (config.hidden_size, config.intermediate_size, config.vocab_size);
-    let kv = config.num_key_value_heads * config.head_dim;
-    let mut all = vec![
-        ("model.embed_tokens.weight".to_owned(), vec![vocab, hidden]),
-        ("model.norm.weight".to_owned(), vec![hidden]),
-        ("lm_head.weight".to_owned(), vec![vocab, hidden]),
-    ];
-    for layer in 0..config.num_hidden_layers {
-        for (path, shape) in [
-            ("input_layernorm", vec![hidden]),
-            ("post_attention_layernorm", vec![hidden]),
-            ("self_attn.q_proj", vec![hidden, hidden]),
-            ("self_attn.k_proj", vec![kv, hidden]),
-            ("self_attn.v_proj", vec![kv, hidden]),
-            ("self_attn.o_proj", vec![hidden, hidden]),
-            ("mlp.gate_proj", vec![ffn, hidden]),
-            ("mlp.up_proj", vec![ffn, hidden]),
-            ("mlp.down_proj", vec![hidden, ffn]),
-        ] {
-            all.push((format!("model.layers.{layer}.{path}.weight"), shape));
-        }
-    }
-    all
-}
 
 /// A checkpoint in bf16 of 122 MB a layer and 33 MB beside them.
 fn write_model(dir: &Path, layers: i64) -> u64 {
@@ -64,14 +38,8 @@ fn write_model(dir: &Path, layers: i64) -> u64 {
         config[key] = json!(value);
     }
     let text = config.to_string();
-    let parsed = LlamaConfig::from_json(text.as_bytes(), Path::new("config.json")).unwrap();
-    let shapes = names(&parsed);
-    let spec = |(name, shape): &(String, Vec<i64>)| TensorSpec {
-        name: name.clone(),
-        dtype: Dtype::Bf16,
-        shape: shape.clone(),
-    };
-    let specs: Vec<_> = shapes.iter().map(spec).collect();
+    let spec = |(name, shape)| TensorSpec { name, dtype: Dtype::Bf16, shape };
+    let specs: Vec<_> = tiny::shapes(&config).into_iter().map(spec).collect();
     let size = specs.iter().map(TensorSpec::size).sum();
     let mut writer = CheckpointWriter::create(dir, specs, DEFAULT_MAX_SHARD_SIZE).unwrap();
     writer.add_file("config.json", text.as_bytes()).unwrap();

@@ -40,6 +40,37 @@ pub(crate) fn config() -> Value {
     })
 }
 
+/// Names and shapes of the tensors of a model.
+pub(crate) fn shapes(config: &Value) -> Vec<(String, Vec<i64>)> {
+    let size = |key: &str| config[key].as_i64().unwrap();
+    let (hidden, ffn, vocab) = (size("hidden_size"), size("intermediate_size"), size("vocab_size"));
+    let q = size("num_attention_heads") * size("head_dim");
+    let kv = size("num_key_value_heads") * size("head_dim");
+    let mut shapes = vec![
+        ("model.embed_tokens.weight".to_string(), vec![vocab, hidden]),
+        ("model.norm.weight".to_string(), vec![hidden]),
+    ];
+    if config["tie_word_embeddings"] != json!(true) {
+        shapes.push(("lm_head.weight".to_string(), vec![vocab, hidden]));
+    }
+    for layer in 0..size("num_hidden_layers") {
+        for (name, shape) in [
+            ("input_layernorm", vec![hidden]),
+            ("post_attention_layernorm", vec![hidden]),
+            ("self_attn.q_proj", vec![q, hidden]),
+            ("self_attn.k_proj", vec![kv, hidden]),
+            ("self_attn.v_proj", vec![kv, hidden]),
+            ("self_attn.o_proj", vec![hidden, q]),
+            ("mlp.gate_proj", vec![ffn, hidden]),
+            ("mlp.up_proj", vec![ffn, hidden]),
+            ("mlp.down_proj", vec![hidden, ffn]),
+        ] {
+            shapes.push((format!("model.layers.{layer}.{name}.weight"), shape));
+        }
+    }
+    shapes
+}
+
 impl Tiny {
     /// Random weights in f32, not written yet.
     pub(crate) fn new(seed: u64) -> Self {
@@ -47,34 +78,7 @@ impl Tiny {
     }
 
     pub(crate) fn of(config: Value, seed: u64) -> Self {
-        let size = |key: &str| config[key].as_i64().unwrap();
-        let (hidden, ffn, vocab) =
-            (size("hidden_size"), size("intermediate_size"), size("vocab_size"));
-        let q = size("num_attention_heads") * size("head_dim");
-        let kv = size("num_key_value_heads") * size("head_dim");
-        let mut shapes = vec![
-            ("model.embed_tokens.weight".to_string(), vec![vocab, hidden]),
-            ("model.norm.weight".to_string(), vec![hidden]),
-        ];
-        if config["tie_word_embeddings"] != json!(true) {
-            shapes.push(("lm_head.weight".to_string(), vec![vocab, hidden]));
-        }
-        for layer in 0..size("num_hidden_layers") {
-            for (name, shape) in [
-                ("input_layernorm", vec![hidden]),
-                ("post_attention_layernorm", vec![hidden]),
-                ("self_attn.q_proj", vec![q, hidden]),
-                ("self_attn.k_proj", vec![kv, hidden]),
-                ("self_attn.v_proj", vec![kv, hidden]),
-                ("self_attn.o_proj", vec![hidden, q]),
-                ("mlp.gate_proj", vec![ffn, hidden]),
-                ("mlp.up_proj", vec![ffn, hidden]),
-                ("mlp.down_proj", vec![hidden, ffn]),
-            ] {
-                shapes.push((format!("model.layers.{layer}.{name}.weight"), shape));
-            }
-        }
-        let tensors = shapes
+        let tensors = shapes(&config)
             .into_iter()
             .enumerate()
             .map(|(number, (name, shape))| (name, noise(&shape, seed * 1000 + number as u64)))
