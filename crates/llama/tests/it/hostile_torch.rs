@@ -15,7 +15,8 @@ use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
 use crate::{convert::options, hostile::peak_rss_kb, support};
 
 const DIR: &str = "HOSTILE_TORCH_CASES_DIR";
-const LIMIT: Duration = Duration::from_secs(2);
+/// Against hanging: the slowest needs half a second.
+const LIMIT: Duration = Duration::from_secs(10);
 const MAX_RSS_KB: u64 = 300 * 1024;
 /// Where every command of the hostile pickles would leave its mark.
 const MARKER: &str = "marker";

@@ -261,7 +261,8 @@ fn merge_and_measure() {
         output: base.join("merged"),
         checkpoint: base,
         max_shard_size: DEFAULT_MAX_SHARD_SIZE,
-        verify: true,
+        // The comparison of logits is measured where all tools are, in streaming.rs.
+        verify: false,
     };
     merge(&options, &mut |_| ControlFlow::Continue(())).unwrap();
     let grown = hostile::peak_rss_kb() - before;

@@ -11,6 +11,7 @@ use std::{
 use zip::{CompressionMethod, ZipArchive, result::ZipError};
 
 use super::pickle::{Pickle, Value};
+use crate::checkpoint::header::MAX_TENSORS;
 
 /// Bytes of a pickle, and of what is read of an archive's directory. LLaMA-3.1-405B's need 300 kB.
 const MAX_PICKLE: u64 = 16 << 20;
@@ -81,6 +82,9 @@ impl Seek for Limited<'_> {
 fn open_archive(file: &File, size: u64) -> Result<Container, String> {
     let reader = Limited { file, at: 0, size, left: 2 * MAX_PICKLE };
     let mut archive = ZipArchive::new(reader).map_err(damaged)?;
+    if archive.len() > 2 * MAX_TENSORS {
+        return Err(format!("its archive has {} members", archive.len()));
+    }
     let mut members = BTreeMap::new();
     for index in 0..archive.len() {
         let member = archive.by_index_raw(index).map_err(damaged)?;

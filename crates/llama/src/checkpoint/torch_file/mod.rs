@@ -59,8 +59,11 @@ fn entry(view: &View, storage: &Storage<'_>, place: Place) -> Result<Entry, Stri
             storage.key, storage.len, storage.dtype, place.len
         ));
     }
-    let elements = view.shape.iter().try_fold(1_i64, |product, size| product.checked_mul(*size));
+    // Zeros count as ones at first: a product of the other sizes must not overflow anywhere else.
+    let product = |product: i64, size: &i64| product.checked_mul((*size).max(1));
+    let elements = view.shape.iter().try_fold(1_i64, product);
     let elements = elements.ok_or_else(|| format!("its shape {:?} is too large", view.shape))?;
+    let elements = if view.shape.contains(&0) { 0 } else { elements };
     let entry = Entry {
         dtype: storage.dtype,
         shape: view.shape.to_vec(),
