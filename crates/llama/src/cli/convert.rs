@@ -1,7 +1,7 @@
 use std::path::PathBuf;
 
 use anyhow::Context;
-use dromedary_command::{Common, Error, boolean, required};
+use dromedary_command::{Common, Error, boolean, ignored_flags, required};
 use serde::{Deserialize, Serialize};
 
 use super::{byte_size::ByteSize, settings, watched::Watched};
@@ -40,6 +40,28 @@ pub(super) struct ConvertArgs {
     /// Do not compare the logits of input and output.
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
     no_verify: Option<bool>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    ignored: IgnoredConvertArgs,
+}
+
+/// Flags of Dromedary's converters that say what is known here: sizes come from the configuration, every
+/// file is a safetensors file, and no model needs padding to be split.
+#[derive(Debug, Default, clap::Args, Serialize, Deserialize)]
+#[serde(default)]
+struct IgnoredConvertArgs {
+    #[arg(long, hide = true)]
+    model_size: Option<String>,
+    #[arg(long, hide = true, num_args = 0..=1, default_missing_value = "true")]
+    safe_serialization: Option<String>,
+    #[arg(long, hide = true)]
+    write_mode: Option<String>,
+    #[arg(long, hide = true)]
+    expanded_att_dim: Option<String>,
+    #[arg(long, hide = true)]
+    expanded_ffn_dim: Option<String>,
+    #[arg(long, hide = true)]
+    expanded_vocab_size: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -59,6 +81,7 @@ impl TryFrom<ConvertArgs> for ConvertConfig {
     type Error = Error;
 
     fn try_from(args: ConvertArgs) -> Result<Self, Error> {
+        ignored_flags(&args.ignored)?;
         Ok(Self {
             checkpoint: required(args.checkpoint, "checkpoint")?,
             output: required(args.output, "output")?,

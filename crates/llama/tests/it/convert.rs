@@ -310,12 +310,19 @@ fn the_program_converts_and_prints_the_difference() {
     let output = llama(&[&args[..], &[out.to_str().unwrap(), "--no-verify"]].concat());
     assert_eq!((output.status.code(), output.stdout.len()), (Some(0), 0));
 
+    // As the original types its flags; what they say is known.
+    let out = dir.path().join("original");
+    let original = ["--model_size", "7B", "--safe_serialization", "True", "--no-verify"];
+    let output = llama(&[&args[..], &[out.to_str().unwrap()], &original].concat());
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("--model-size, --safe-serialization"));
+
     let missing = llama(&["convert", "--checkpoint", from.to_str().unwrap()]);
     assert_eq!(missing.status.code(), Some(2));
     assert!(text(&missing.stderr).contains("--output"));
     let again = llama(&[&args[..], &[out.to_str().unwrap()]].concat());
     assert_eq!(again.status.code(), Some(1));
-    assert!(text(&again.stderr).contains("silent"), "{}", text(&again.stderr));
+    assert!(text(&again.stderr).contains("original"), "{}", text(&again.stderr));
 }
 
 #[test]
