@@ -5,8 +5,8 @@ use std::{ops::ControlFlow, time::Instant};
 use anyhow::{Result, ensure};
 use clap::Args;
 use dromedary_llama::{
-    Checkpoint, Llama, LoadOptions,
-    generation::{Engine, EngineConfig, Event, Request, Sampling, Statistics},
+    Checkpoint, Footprint, Llama, LoadOptions,
+    generation::{Engine, EngineConfig, Event, PrefixUse, Request, Sampling, Statistics},
 };
 use dromedary_parallel::{Communicator, SingleProcess};
 use dromedary_tokenizer::Tokenizer;
@@ -38,6 +38,16 @@ pub(crate) struct Shape {
     /// Tokens that each row generates.
     #[arg(long, default_value_t = 64)]
     pub(crate) new: usize,
+    /// Give each row a copy of the prefix, as systems without a shared one do.
+    #[arg(long)]
+    pub(crate) copied_prefix: bool,
+}
+
+impl Shape {
+    /// How rows see the prefix, and the tokens of a row's own that this takes.
+    pub(crate) fn prefix_use(&self) -> (PrefixUse, usize) {
+        if self.copied_prefix { (PrefixUse::Copied, self.prefix) } else { (PrefixUse::Shared, 0) }
+    }
 }
 
 /// What a run of [`decode`] gave.
@@ -51,13 +61,15 @@ pub(crate) fn run(args: &DecodeArgs) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.model.checkpoint)?;
     let tokenizer = Tokenizer::open(&args.model.checkpoint)?;
     let model = Llama::load(&checkpoint, &LoadOptions::default())?;
-    match machine::compute_bound()? {
+    let bound = machine::compute_bound()?;
+    match bound {
         Some(bound) => println!("compute bound: {bound:.0} GFLOP/s"),
         None => println!("compute bound: unknown, this libtorch does not pack weights"),
     }
+    let cost = Footprint::new(model.config(), model.plan(), &LoadOptions::default());
     for &batch in &args.batch {
         let decoded = decode(&args.shape, batch, &model, &tokenizer, &SingleProcess)?;
-        report(args, batch, &decoded)?;
+        report(args, batch, &decoded, (&cost, bound))?;
     }
     Ok(())
 }
@@ -70,9 +82,11 @@ pub(crate) fn decode(
     tokenizer: &Tokenizer,
     comm: &dyn Communicator,
 ) -> Result<Decoded> {
+    let (prefix_use, copied) = shape.prefix_use();
     let config = EngineConfig {
         max_batch_size: batch,
-        max_seq_len: shape.suffix + shape.new,
+        max_seq_len: copied + shape.suffix + shape.new,
+        prefix_use,
         max_gen_len: shape.new,
         sampling: Sampling::nucleus(0.7, 0.95),
         // Random text would end at random points: without stop strings and end-of-text tokens no row
@@ -100,12 +114,28 @@ pub(crate) fn decode(
     Ok(Decoded { prefix_seconds, statistics })
 }
 
-fn report(args: &DecodeArgs, batch: usize, decoded: &Decoded) -> Result<()> {
+fn report(
+    args: &DecodeArgs,
+    batch: usize,
+    decoded: &Decoded,
+    (cost, bound): (&Footprint, Option<f64>),
+) -> Result<()> {
     let Decoded { prefix_seconds, statistics: of } = decoded;
+    let Shape { prefix, suffix, new, copied_prefix } = args.shape;
+    let decode = of.decode_tokens as f64 / of.decode_seconds;
+    let prefill = prefix as f64 / prefix_seconds;
+    // Each token attends to all before it; only the last one of a prompt has logits.
+    let context = prefix + suffix + new / 2;
+    let share = |tokens_per_second: f64, multiply_adds: u64| {
+        let flops = 2.0 * multiply_adds as f64 * tokens_per_second;
+        bound.map_or(String::new(), |bound| format!(" ({:.2} of the bound)", flops / bound / 1e9))
+    };
+    let mode = if copied_prefix { ", copied prefix" } else { "" };
     println!(
-        "| decode, batch {batch} | {:.1} tokens/s | prefix {:.0} tokens/s | peak {} MB |",
-        of.decode_tokens as f64 / of.decode_seconds,
-        args.shape.prefix as f64 / prefix_seconds,
+        "| decode, batch {batch}{mode} | {decode:.1} tokens/s{} | prefix {prefill:.0} tokens/s{} | \
+         peak {} MB |",
+        share(decode, cost.work(context as u64)),
+        share(prefill, cost.work(prefix as u64 / 2) - cost.head_work),
         machine::rss_mb()?.1
     );
     Ok(())

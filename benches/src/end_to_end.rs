@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use dromedary_llama::{
     Checkpoint, Llama, LoadOptions, eos_token_ids,
-    generation::{Engine, EngineConfig, Event, Request, Sampling, Statistics},
+    generation::{Engine, EngineConfig, Event, PrefixUse, Request, Sampling, Statistics},
 };
 use dromedary_parallel::SingleProcess;
 use dromedary_self_align::{MetaPrompt, Template};
@@ -39,6 +39,9 @@ pub(crate) struct EndToEndArgs {
     /// Wait for all rows of a batch before the next batch is admitted.
     #[arg(long)]
     static_batches: bool,
+    /// Give each row a copy of the prefix, as systems without a shared one do.
+    #[arg(long)]
+    copied_prefix: bool,
 }
 
 pub(crate) fn run(args: &EndToEndArgs) -> Result<()> {
@@ -48,9 +51,13 @@ pub(crate) fn run(args: &EndToEndArgs) -> Result<()> {
     let model = Llama::load(&Checkpoint::open(checkpoint)?, &LoadOptions::default())?;
     let meta_prompt = MetaPrompt::open(None)?;
     let template = Template::new(&meta_prompt);
+    let prefix = template.shared_prefix(&tokenizer);
+    let (prefix_use, copied) =
+        if args.copied_prefix { (PrefixUse::Copied, prefix.len()) } else { (PrefixUse::Shared, 0) };
     let config = EngineConfig {
         max_batch_size: args.batch,
-        max_seq_len: args.max_seq_len,
+        max_seq_len: copied + args.max_seq_len,
+        prefix_use,
         max_gen_len: args.max_gen_len,
         sampling: Sampling::nucleus(0.7, 0.95),
         stop_strings: meta_prompt.principles.stop_strings.clone(),
@@ -58,7 +65,6 @@ pub(crate) fn run(args: &EndToEndArgs) -> Result<()> {
         ..EngineConfig::default()
     };
     let mut engine = Engine::new(&model, &tokenizer, &SingleProcess, config)?;
-    let prefix = template.shared_prefix(&tokenizer);
     let start = Instant::now();
     engine.pin_prefix(&prefix)?;
     println!("prefix of {} tokens: {:.1} s", prefix.len(), start.elapsed().as_secs_f64());
@@ -121,7 +127,12 @@ impl Total {
         let steady = self.full_rows * *batch as f64 / self.full_seconds;
         let useful = self.queue_tokens as f64 / self.queue_seconds;
         let reachable = steady * (1.0 - self.prefill_seconds / self.queue_seconds);
-        let mode = if args.static_batches { ", static batches" } else { "" };
+        let mode = match (args.static_batches, args.copied_prefix) {
+            (false, false) => "",
+            (true, false) => ", static batches",
+            (false, true) => ", copied prefix",
+            (true, true) => ", static batches, copied prefix",
+        };
         println!(
             "{} tokens of output, {} of prompts behind the prefix, {} steps, {seconds:.1} s",
             self.tokens, self.prompt_tokens, self.steps

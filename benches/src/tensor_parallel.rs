@@ -144,7 +144,7 @@ fn measure(args: &TpArgs, checkpoint: &Path, tp: usize) -> Result<Measured> {
         mpirun
     };
     let threads = TP / tp;
-    let Shape { prefix, suffix, new } = args.shape;
+    let Shape { prefix, suffix, new, copied_prefix } = args.shape;
     command.arg("tp-rank").arg("--checkpoint").arg(checkpoint);
     for (flag, value) in [
         ("--threads", threads),
@@ -155,6 +155,7 @@ fn measure(args: &TpArgs, checkpoint: &Path, tp: usize) -> Result<Measured> {
     ] {
         command.arg(flag).arg(value.to_string());
     }
+    command.args(copied_prefix.then_some("--copied-prefix"));
     command.env("OMP_NUM_THREADS", threads.to_string()).stderr(Stdio::inherit());
     let output = command.output().with_context(|| format!("{command:?}"))?;
     ensure!(output.status.success(), "{command:?}: {}", output.status);

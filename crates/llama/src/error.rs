@@ -291,6 +291,9 @@ pub enum Error {
         /// What it is.
         got: f64,
     },
+    /// Rows were to have copies of the prefix where they cannot.
+    #[error("only the CPU's own kernels, in f32, can copy the prefix to each row")]
+    CopiedPrefix,
     /// A prefix leaves no room for rows behind it.
     #[error("the prefix has {tokens} tokens, and the model's context is {context}")]
     PrefixTooLong {

@@ -4,12 +4,19 @@ use serde::Serialize;
 
 use crate::{
     LlamaConfig, LoadOptions, Plan, Shard,
-    checkpoint::{Dtype, EMBEDDING, tensor_shapes},
+    checkpoint::{Dtype, EMBEDDING, HEAD, tensor_shapes},
+    generation::PREFILL_TOKENS,
 };
 
+/// Bytes that a process holds beside weights, keys, values and activations, once libtorch is loaded:
+/// the tokenizer, the threads, what the allocator keeps.
+const PROCESS_BYTES: u64 = 48_000_000;
+
+/// Copies of a step's logits that exist at once while tokens are drawn: as they were computed, shifted
+/// for the sum of their exponentials, and on the host.
+const LOGIT_COPIES: u64 = 3;
+
 /// The cost of one rank: sums over the slices that the plan gives it.
-///
-/// Rotary tables, activations and what libtorch itself takes are not in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Footprint {
     /// Parameters of the rank's slices. A tied head counts once, as it is read.
@@ -22,8 +29,43 @@ pub struct Footprint {
     pub kv_bytes_per_token: u64,
     /// Multiply-adds of the linear layers and the head for one token.
     pub linear_work: u64,
+    /// Those of the head among them, which a prompt's last token alone needs.
+    pub head_work: u64,
     /// Multiply-adds of one token's attention to one other token, in all layers.
     pub attention_work: u64,
+    /// Bytes of what a layer computes for one token, at the point where most of it exists at once.
+    pub activation_bytes_per_token: u64,
+    /// Bytes that choosing one token takes.
+    pub logit_bytes_per_row: u64,
+    /// Bytes of the largest weight while it is converted to the kind that is computed in; 0 where
+    /// weights are kept in it.
+    pub converted_bytes: u64,
+}
+
+/// What is generated at once.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Workload {
+    /// Tokens of the prefix that all rows share.
+    pub prefix_tokens: u64,
+    /// Rows at once.
+    pub max_batch_size: u64,
+    /// Tokens of a row behind the prefix.
+    pub max_seq_len: u64,
+}
+
+/// The memory of one rank that generates, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Memory {
+    /// Weights.
+    pub weight_bytes: u64,
+    /// Keys and values of the shared prefix.
+    pub prefix_bytes: u64,
+    /// Keys and values of the rows behind it.
+    pub slot_bytes: u64,
+    /// The most that a pass takes beside them.
+    pub work_bytes: u64,
+    /// All of it, above what a process has once libtorch is loaded.
+    pub peak_bytes: u64,
 }
 
 impl Footprint {
@@ -36,6 +78,7 @@ impl Footprint {
         let size = |kind| Dtype::of_kind(kind).map_or(4, |dtype| dtype.size() as u64);
         let (weight_size, kv_size) = (size(options.kind), size(options.compute_kind()));
         let [mut parameters, mut parameters_read, mut weight_bytes, mut linear_work] = [0; 4];
+        let mut head_work = 0;
         for (name, full) in tensor_shapes(config) {
             let shard = rank.shard(&name);
             let own = elements(&shard.local_shape(&full));
@@ -46,24 +89,62 @@ impl Footprint {
             weight_bytes += own * if full.len() == 1 { kv_size } else { weight_size };
             if full.len() == 2 && name != EMBEDDING {
                 linear_work += own;
+                head_work = if name == HEAD { own } else { head_work };
             }
         }
         if config.tie_word_embeddings {
             let head = [config.vocab_size, config.hidden_size];
             let head = elements(&rank.tied_head().local_shape(&head));
             linear_work += head;
-            // Packing copies; elsewhere the head is a view of the embedding.
-            weight_bytes += if options.packs() { head * weight_size } else { 0 };
+            head_work = head;
+            // A packed slice is a copy; elsewhere the embedding and the head are one.
+            let copied = options.packs() && !options.embeds_by_head(config);
+            weight_bytes += if copied { head * weight_size } else { 0 };
         }
         let layers = config.num_hidden_layers as u64;
         let width = |heads: i64| (heads * config.head_dim) as u64;
+        let (h, kv) = (width(rank.n_local_heads()), width(rank.n_local_kv_heads()));
+        let columns = (rank.intermediate.end - rank.intermediate.start) as u64;
+        let hidden = config.hidden_size as u64;
+        // The residual stream is in f32. With it in the MLP: gate and up, their product, the result; in
+        // the attention: queries, keys and values, rotated ones, the mixed values, the result.
+        let computed = hidden + (3 * columns).max(3 * (h + kv));
+        let vocab = (rank.vocab.end - rank.vocab.start) as u64;
+        let largest = (2 * columns).max(h + 2 * kv).max(vocab) * hidden;
         Self {
             parameters,
             parameters_read,
             weight_bytes,
             kv_bytes_per_token: 2 * layers * width(rank.n_local_kv_heads()) * kv_size,
             linear_work,
-            attention_work: 2 * layers * width(rank.n_local_heads()),
+            head_work,
+            attention_work: 2 * layers * h,
+            activation_bytes_per_token: 4 * hidden + kv_size * computed,
+            logit_bytes_per_row: 4 * vocab * LOGIT_COPIES,
+            converted_bytes: if weight_size == kv_size { 0 } else { largest * kv_size },
+        }
+    }
+
+    /// The memory of this rank while it generates.
+    pub fn memory(&self, of: &Workload) -> Memory {
+        let prefix_bytes = self.kv_bytes(of.prefix_tokens);
+        let slot_bytes = self.kv_bytes(of.max_batch_size * of.max_seq_len);
+        // The prefix is read before there are slots; prompts are read together until they have a
+        // number of tokens, which the last of them may pass.
+        let together = PREFILL_TOKENS as u64 + of.max_seq_len;
+        let prompts = (of.max_batch_size * of.max_seq_len).min(together);
+        let work_bytes = (self.activation_bytes_per_token * of.prefix_tokens)
+            .saturating_sub(slot_bytes)
+            .max(self.activation_bytes_per_token * prompts)
+            .max(self.logit_bytes_per_row * of.max_batch_size)
+            + self.converted_bytes
+            + PROCESS_BYTES;
+        Memory {
+            weight_bytes: self.weight_bytes,
+            prefix_bytes,
+            slot_bytes,
+            work_bytes,
+            peak_bytes: self.weight_bytes + prefix_bytes + slot_bytes + work_bytes,
         }
     }
 

@@ -218,6 +218,16 @@ impl SlotCache {
         Ok(())
     }
 
+    /// Copies the first tokens of a prefix to the beginning of a slot; only this crate's kernels attend
+    /// to a slot that has them.
+    pub(crate) fn copy_prefix(&mut self, prefix: &SharedPrefix, slot: usize, tokens: usize) {
+        for (layer, slots) in self.layers.iter_mut().enumerate() {
+            if let (SlotLayer::Fused(slots), Some(prefix)) = (slots, prefix.fused(layer)) {
+                slots.copy_row(prefix, slot, tokens);
+            }
+        }
+    }
+
     /// Puts the row of one slot, which holds `length` tokens, into another slot.
     pub(crate) fn move_row(&mut self, from: usize, to: usize, length: i64) -> Result<()> {
         for layer in &mut self.layers {
@@ -304,10 +314,9 @@ impl Step {
         rows: &[StepRow],
         prefix: Option<&SharedPrefix>,
     ) -> Self {
-        let sequence = |row: &StepRow| Sequence::new(row, row.length);
         match cache.kernels {
             Some(kernels) => {
-                Self::Fused(FusedStep::new(kernels, rows.iter().map(sequence).collect()))
+                Self::Fused(FusedStep::new(kernels, rows.iter().map(Sequence::from).collect()))
             }
             None => Self::Prefill(PrefillStep::new(heads, device, rows, prefix)),
         }
@@ -324,10 +333,9 @@ impl Step {
         prefix: Option<&SharedPrefix>,
         keys: i64,
     ) -> Self {
-        let sequence = |row: &StepRow| Sequence::new(row, 1);
         match cache.kernels {
             Some(kernels) => {
-                Self::Fused(FusedStep::new(kernels, rows.iter().map(sequence).collect()))
+                Self::Fused(FusedStep::new(kernels, rows.iter().map(Sequence::from).collect()))
             }
             None => Self::Decode(DecodeStep::new(heads, device, rows, prefix, keys)),
         }
@@ -348,11 +356,11 @@ impl Step {
     }
 }
 
-impl Sequence {
-    fn new(row: &StepRow, new: i64) -> Self {
+impl From<&StepRow> for Sequence {
+    fn from(row: &StepRow) -> Self {
         Self {
             slot: row.slot as usize,
-            new: new as usize,
+            new: row.new as usize,
             total: row.length as usize,
             prefix: row.prefix as usize,
         }
@@ -364,7 +372,9 @@ impl Sequence {
 pub(crate) struct StepRow {
     /// Its slot.
     pub(crate) slot: i64,
-    /// Prefill: its own new tokens. Decode: its own tokens with the new one.
+    /// Its new tokens: one, or those of its prompt.
+    pub(crate) new: i64,
+    /// Its own tokens with the new ones.
     pub(crate) length: i64,
     /// Tokens of the prefix that it sees.
     pub(crate) prefix: i64,

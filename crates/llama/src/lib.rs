@@ -66,7 +66,7 @@ pub use config::{LlamaConfig, RopeScaling, check_tokenizer, eos_token_ids};
 pub use convert::{CheckpointFormat, ConvertOptions, ConvertReport, convert};
 pub use dropout::{DropoutDraw, LoraDropout};
 pub use error::{Error, Result, TensorProblems};
-pub use footprint::{Footprint, Slowest};
+pub use footprint::{Footprint, Memory, Slowest, Workload};
 pub use gradients::{global_norm, sum_gradients};
 pub use kind::select_kind;
 pub use linear::{Linear, Lora, PackedWeight, Parallel, Part, Weight};

@@ -57,6 +57,11 @@ impl LoadOptions {
         self.packs().then(Kernels::detect)
     }
 
+    /// Whether a packed head holds the embedding too: both are one matrix, and the head is whole.
+    pub(crate) fn embeds_by_head(&self, config: &LlamaConfig) -> bool {
+        self.packs() && self.tp == 1 && config.tie_word_embeddings
+    }
+
     /// Whether packing is asked for and possible.
     pub(crate) fn packs(&self) -> bool {
         self.pack && self.device == Device::Cpu && self.kind == Kind::Float
@@ -72,7 +77,8 @@ pub struct Llama {
     plan: Plan,
     heads: Heads,
     rotary: Rotary,
-    embed_tokens: Tensor, // (V, C)
+    /// `(V, C)`; none where it is the packed head.
+    embed_tokens: Option<Tensor>,
     layers: Vec<Layer>,
     norm: RmsNorm,
     lm_head: Linear, // (W, C)
@@ -104,8 +110,9 @@ impl Llama {
         let layers = (0..config.num_hidden_layers)
             .map(|layer| loader.layer(&format!("model.layers.{layer}"), &heads))
             .collect::<Result<_>>()?;
-        let embed_tokens = loader.tensor("model.embed_tokens.weight")?;
+        let embed_tokens = loader.tensor(EMBEDDING)?;
         let lm_head = loader.head(&embed_tokens)?;
+        let embed_tokens = (!options.embeds_by_head(&config)).then_some(embed_tokens);
         let norm = loader.norm("model.norm")?;
         let rotary = Rotary::new(&config, options.device)?;
         Ok(Self {
@@ -191,7 +198,12 @@ impl Llama {
     /// No memory.
     pub fn slice(&self, tensor: &str) -> Result<Option<Tensor>> {
         match tensor {
-            EMBEDDING => return Ok(Some(self.embed_tokens.shallow_clone())),
+            EMBEDDING => {
+                return match &self.embed_tokens {
+                    Some(embed_tokens) => Ok(Some(embed_tokens.shallow_clone())),
+                    None => self.lm_head.part_weight("lm_head"),
+                };
+            }
             HEAD => return self.lm_head.part_weight("lm_head"),
             "model.norm.weight" => return Ok(Some(self.norm.weight.shallow_clone())),
             _ => {}
@@ -268,9 +280,15 @@ impl Llama {
         if let Some(&id) = ids.iter().find(|&&id| i64::from(id) >= self.config.vocab_size) {
             return Err(Error::TokenId { id, vocab_size: self.config.vocab_size });
         }
-        let ids: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
-        let ids = Tensor::from_slice(&ids).f_to_device(self.device())?;
-        Ok(self.embed_tokens.f_index_select(0, &ids)?.f_to_kind(self.compute_kind)?)
+        match (&self.embed_tokens, &self.lm_head.weight) {
+            (Some(embed_tokens), _) => {
+                let ids: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
+                let ids = Tensor::from_slice(&ids).f_to_device(self.device())?;
+                Ok(embed_tokens.f_index_select(0, &ids)?.f_to_kind(self.compute_kind)?)
+            }
+            (None, Weight::Packed(head)) => head.rows(ids),
+            (None, Weight::Dense(_)) => unreachable!("only a packed head stands for the embedding"),
+        }
     }
 
     /// The rotations of tokens at these positions.

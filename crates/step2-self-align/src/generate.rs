@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use dromedary_command::{Error as CommandError, Progress, StopFlag};
 use dromedary_llama::cli::SamplingArgs;
-use dromedary_llama::generation::{Engine, EngineConfig, PrefixCache, Statistics};
+use dromedary_llama::generation::{Engine, EngineConfig, PrefixCache, PrefixUse, Statistics};
 use dromedary_llama::{
     Checkpoint, Llama, LoadOptions, check_tokenizer, eos_token_ids, select_kind,
 };
@@ -221,6 +221,7 @@ pub fn generate(
                 config.max_batch_size.min(work.left.len())
             },
             max_kv_tokens: config.max_kv_tokens,
+            prefix_use: PrefixUse::Shared,
             deterministic: config.deterministic,
             max_seq_len: config.max_seq_len,
             max_gen_len: config.max_gen_len,

@@ -12,7 +12,8 @@ use tch::Device;
 
 use super::settings;
 use crate::{
-    Checkpoint, Dtype, Footprint, LlamaConfig, LoadOptions, Plan, RankPlan, Slowest, select_kind,
+    Checkpoint, Dtype, Footprint, LlamaConfig, LoadOptions, Memory, Plan, RankPlan, Slowest,
+    Workload, select_kind,
 };
 
 /// Show how a model is split over processes: what each of them owns, stores and computes.
@@ -41,6 +42,12 @@ pub(super) struct PlanArgs {
     /// new token attends to them [default: 0].
     #[arg(long, value_name = "TOKENS")]
     prefix_tokens: Option<u64>,
+    /// Rows that are generated at once [default: 8].
+    #[arg(long, value_name = "ROWS")]
+    max_batch_size: Option<u64>,
+    /// Tokens of a row behind the prefix, its prompt and its output [default: 512].
+    #[arg(long, value_name = "TOKENS")]
+    max_seq_len: Option<u64>,
     /// Print JSON, with exact numbers, instead of a table [default: false].
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
     json: Option<bool>,
@@ -53,6 +60,8 @@ struct PlanConfig {
     device: String,
     dtype: String,
     prefix_tokens: u64,
+    max_batch_size: u64,
+    max_seq_len: u64,
     json: bool,
 }
 
@@ -66,6 +75,8 @@ impl TryFrom<PlanArgs> for PlanConfig {
             device: args.device.unwrap_or_else(|| "auto".into()),
             dtype: args.dtype.unwrap_or_else(|| "auto".into()),
             prefix_tokens: args.prefix_tokens.unwrap_or(0),
+            max_batch_size: args.max_batch_size.unwrap_or(8),
+            max_seq_len: args.max_seq_len.unwrap_or(512),
             json: args.json.unwrap_or(false),
         })
     }
@@ -94,6 +105,8 @@ struct Report {
     intermediate_size: i64,
     vocab_size: i64,
     prefix_tokens: u64,
+    max_batch_size: u64,
+    max_seq_len: u64,
     ranks: Vec<Rank>,
     total: Bytes,
     slowest: Option<Slowest>,
@@ -123,17 +136,23 @@ struct Group {
 
 #[derive(Debug, Default, Clone, Copy, Serialize)]
 struct Bytes {
-    weight_bytes: u64,
     kv_bytes_per_token: u64,
-    prefix_bytes: u64,
+    #[serde(flatten)]
+    memory: Memory,
 }
 
 impl Bytes {
     fn plus(self, other: Self) -> Self {
+        let (own, other_memory) = (self.memory, other.memory);
         Self {
-            weight_bytes: self.weight_bytes + other.weight_bytes,
             kv_bytes_per_token: self.kv_bytes_per_token + other.kv_bytes_per_token,
-            prefix_bytes: self.prefix_bytes + other.prefix_bytes,
+            memory: Memory {
+                weight_bytes: own.weight_bytes + other_memory.weight_bytes,
+                prefix_bytes: own.prefix_bytes + other_memory.prefix_bytes,
+                slot_bytes: own.slot_bytes + other_memory.slot_bytes,
+                work_bytes: own.work_bytes + other_memory.work_bytes,
+                peak_bytes: own.peak_bytes + other_memory.peak_bytes,
+            },
         }
     }
 }
@@ -155,10 +174,15 @@ impl Report {
         let footprints: Vec<Footprint> = (0..settings.tp)
             .map(|tp_rank| Footprint::new(&config, &plan, &LoadOptions { tp_rank, ..options }))
             .collect();
+        let workload = Workload {
+            prefix_tokens: settings.prefix_tokens,
+            max_batch_size: settings.max_batch_size,
+            max_seq_len: settings.max_seq_len,
+        };
         let ranks: Vec<Rank> = footprints
             .iter()
             .enumerate()
-            .map(|(rank, cost)| Rank::new(rank, plan.rank(rank), cost, settings.prefix_tokens))
+            .map(|(rank, cost)| Rank::new(rank, plan.rank(rank), cost, &workload))
             .collect();
         let name = |kind| Dtype::of_kind(kind).map_or_else(String::new, |dtype| dtype.to_string());
         Ok(Self {
@@ -173,6 +197,8 @@ impl Report {
             intermediate_size: config.intermediate_size,
             vocab_size: config.vocab_size,
             prefix_tokens: settings.prefix_tokens,
+            max_batch_size: settings.max_batch_size,
+            max_seq_len: settings.max_seq_len,
             total: ranks.iter().map(|rank| rank.bytes).fold(Bytes::default(), Bytes::plus),
             ranks,
             slowest: Slowest::of(&footprints, settings.prefix_tokens),
@@ -194,14 +220,19 @@ impl Report {
         )?;
         writeln!(
             text,
-            "kept as    {} on {}, keys and values in {}; prefix of {} tokens",
-            self.dtype, self.device, self.kv_dtype, self.prefix_tokens
+            "kept as    {} on {}, keys and values in {}",
+            self.dtype, self.device, self.kv_dtype
+        )?;
+        writeln!(
+            text,
+            "generates  prefix of {} tokens, {} rows of {} tokens behind it",
+            self.prefix_tokens, self.max_batch_size, self.max_seq_len
         )?;
         writeln!(text)?;
         let mut rows = vec![HEADINGS.map(String::from).to_vec()];
         rows.extend(self.ranks.iter().map(Rank::cells));
         let mut total = vec!["all".to_owned()];
-        total.resize(HEADINGS.len() - 4, String::new());
+        total.resize(HEADINGS.len() - 1 - BYTE_COLUMNS, String::new());
         total.extend(self.total.cells());
         rows.push(total);
         text.push_str(&aligned(&rows));
@@ -218,7 +249,10 @@ impl Report {
     }
 }
 
-const HEADINGS: [&str; 10] = [
+/// Columns of bytes, before the last one.
+const BYTE_COLUMNS: usize = 6;
+
+const HEADINGS: [&str; 7 + BYTE_COLUMNS] = [
     "rank",
     "query heads",
     "key/value heads",
@@ -228,11 +262,14 @@ const HEADINGS: [&str; 10] = [
     "weights",
     "K/V a token",
     "prefix",
+    "slots",
+    "work",
+    "peak",
     "multiply-adds a token",
 ];
 
 impl Rank {
-    fn new(rank: usize, plan: &RankPlan, cost: &Footprint, prefix_tokens: u64) -> Self {
+    fn new(rank: usize, plan: &RankPlan, cost: &Footprint, workload: &Workload) -> Self {
         let group = |(kv_head, q_heads): &(usize, Range<usize>)| Group {
             kv_head: *kv_head,
             q_heads: q_heads.clone(),
@@ -245,13 +282,12 @@ impl Rank {
             intermediate: plan.intermediate.clone(),
             vocab: plan.vocab.clone(),
             bytes: Bytes {
-                weight_bytes: cost.weight_bytes,
                 kv_bytes_per_token: cost.kv_bytes_per_token,
-                prefix_bytes: cost.kv_bytes(prefix_tokens),
+                memory: cost.memory(workload),
             },
             parameters: cost.parameters,
             parameters_read: cost.parameters_read,
-            work_per_token: cost.work(prefix_tokens),
+            work_per_token: cost.work(workload.prefix_tokens),
         }
     }
 
@@ -274,8 +310,10 @@ impl Rank {
 }
 
 impl Bytes {
-    fn cells(&self) -> [String; 3] {
-        [self.weight_bytes, self.kv_bytes_per_token, self.prefix_bytes].map(|n| short(n, "B"))
+    fn cells(&self) -> [String; BYTE_COLUMNS] {
+        let Memory { weight_bytes, prefix_bytes, slot_bytes, work_bytes, peak_bytes } = self.memory;
+        let kv = self.kv_bytes_per_token;
+        [weight_bytes, kv, prefix_bytes, slot_bytes, work_bytes, peak_bytes].map(|n| short(n, "B"))
     }
 }
 

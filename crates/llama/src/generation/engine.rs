@@ -21,11 +21,22 @@ use crate::{
 
 /// Prompts are read together until they have this many tokens: enough to keep the products wide,
 /// few enough to bound the memory of a prefill.
-pub(super) const PREFILL_TOKENS: usize = 2048;
+pub(crate) const PREFILL_TOKENS: usize = 2048;
 
 /// Slots are made this much longer at once, so that they are not copied for every row that is a
 /// little longer than those before.
 const KV_BUCKET: usize = 128;
+
+/// How rows see the pinned prefix.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum PrefixUse {
+    /// All rows attend to the one copy.
+    #[default]
+    Shared,
+    /// Each row's slot begins with a copy of it, so slots must be that much longer. This is what sharing
+    /// saves, for measurements; only the CPU's own kernels can.
+    Copied,
+}
 
 /// How an [`Engine`] generates.
 #[derive(Debug, Clone, PartialEq)]
@@ -40,6 +51,8 @@ pub struct EngineConfig {
     /// All slots have the length that the longest row under way may need. Without a number,
     /// `max_batch_size` rows of `max_seq_len` tokens fit.
     pub max_kv_tokens: Option<usize>,
+    /// How rows see the pinned prefix.
+    pub prefix_use: PrefixUse,
     /// Compute every step in the same shapes, so that a row's tokens depend on no other row to the
     /// last bit: all slots are computed and read to their ends, prompts are read one by one. Costs
     /// time, and needs memory for all slots at their full length. Number of threads, ranks and
@@ -61,6 +74,7 @@ impl Default for EngineConfig {
             max_seq_len: 512,
             max_gen_len: 128,
             max_kv_tokens: None,
+            prefix_use: PrefixUse::Shared,
             deterministic: false,
             sampling: Sampling::default(),
             stop_strings: Vec::new(),
@@ -301,13 +315,17 @@ impl<'a> Engine<'a> {
     /// The row of a request, or the event that it is rejected.
     fn row(&self, request: Request) -> std::result::Result<Row<'a>, Event<'static>> {
         let tokens = &request.tokens;
-        let prefix = self.prefix.as_ref().map_or(0, |prefix| prefix.shared_with(tokens));
+        let shared = self.prefix.as_ref().map_or(0, |prefix| prefix.shared_with(tokens));
+        let [prefix, copied] = match self.config.prefix_use {
+            PrefixUse::Shared => [shared, 0],
+            PrefixUse::Copied => [0, shared],
+        };
         let own = tokens.len() - prefix;
         let context = self.model.config().max_position_embeddings as usize;
         let room = self.room(prefix);
         if own > 0 && own < room {
             let limit = self.config.max_gen_len.min(room - own);
-            return Ok(Row::new(request, self.tokenizer, prefix, limit));
+            return Ok(Row::new(request, self.tokenizer, [prefix, copied], limit));
         }
         let reason = if own == 0 {
             "the prompt has no tokens".to_owned()
@@ -367,8 +385,16 @@ impl<'a> Engine<'a> {
     fn prefill_rows(&mut self, slots: &[usize], caller: &mut Caller<'_>) -> Result<()> {
         let rows = slots.iter().filter_map(|&slot| Some((slot, self.slots[slot].as_ref()?)));
         let prompts: Vec<Prompt<'_>> = rows
-            .map(|(slot, row)| Prompt { slot, prefix: row.prefix, tokens: row.suffix() })
+            .map(|(slot, row)| Prompt {
+                slot,
+                prefix: row.prefix,
+                copied: row.copied,
+                tokens: row.suffix(),
+            })
             .collect();
+        for (prompt, prefix) in prompts.iter().zip(self.prefix.iter().cycle()) {
+            self.cache.copy_prefix(prefix, prompt.slot, prompt.copied);
+        }
         let last: Vec<i64> = prompts
             .iter()
             .scan(-1, |last, prompt| {
@@ -393,7 +419,12 @@ impl<'a> Engine<'a> {
             rows.iter().map(|row| row.last()).unzip();
         let mut steps: Vec<StepRow> = (0..)
             .zip(&rows)
-            .map(|(slot, row)| StepRow { slot, length: row.own_len(), prefix: row.prefix as i64 })
+            .map(|(slot, row)| StepRow {
+                slot,
+                new: 1,
+                length: row.own_len(),
+                prefix: row.prefix as i64,
+            })
             .collect();
         self.statistics.decode_steps += 1;
         self.statistics.decode_tokens += rows.len() as u64;
@@ -406,7 +437,7 @@ impl<'a> Engine<'a> {
             for slot in rows.len()..self.config.max_batch_size {
                 ids.push(0);
                 positions.push(seen);
-                steps.push(StepRow { slot: slot as i64, length: 1, prefix: seen });
+                steps.push(StepRow { slot: slot as i64, new: 1, length: 1, prefix: seen });
             }
             keys = self.cache.size().1;
         }
@@ -507,6 +538,9 @@ fn validate(
     if config.deterministic && got < needed {
         let expected = "max_batch_size x max_seq_len with deterministic";
         return Err(Error::Setting { name: "max_kv_tokens", expected, got: got as f64 });
+    }
+    if config.prefix_use == PrefixUse::Copied && model.kernels().is_none() {
+        return Err(Error::CopiedPrefix);
     }
     let (expected, got) = (model.plan().tp(), comm.world_size());
     if expected != got {

@@ -15,7 +15,8 @@ mod sampling;
 mod score;
 mod stop;
 
-pub use engine::{Engine, EngineConfig};
+pub(crate) use engine::PREFILL_TOKENS;
+pub use engine::{Engine, EngineConfig, PrefixUse};
 pub use prefix::PrefixCache;
 pub use request::{Event, FinishReason, FinishedRow, Request, Statistics};
 pub use sampling::{FrequencyPenalty, Sampling};

@@ -15,6 +15,8 @@ pub(super) struct Prompt<'p> {
     pub(super) slot: usize,
     /// Tokens of the prefix that it sees.
     pub(super) prefix: usize,
+    /// Tokens of the prefix that its slot holds a copy of.
+    pub(super) copied: usize,
     pub(super) tokens: &'p [u32],
 }
 
@@ -30,12 +32,13 @@ pub(super) fn read_prompts(
     prompts: &[Prompt<'_>],
 ) -> Result<Tensor> {
     let (mut ids, mut positions, mut steps) = (Vec::new(), Vec::new(), Vec::new());
-    for &Prompt { slot, prefix, tokens } in prompts {
+    for &Prompt { slot, prefix, copied, tokens } in prompts {
         ids.extend_from_slice(tokens);
-        positions.extend((prefix..).take(tokens.len()).map(|at| at as i64));
+        positions.extend((prefix + copied..).take(tokens.len()).map(|at| at as i64));
         steps.push(StepRow {
             slot: slot as i64,
-            length: tokens.len() as i64,
+            new: tokens.len() as i64,
+            length: (copied + tokens.len()) as i64,
             prefix: prefix as i64,
         });
     }

@@ -9,8 +9,10 @@ use super::{FinishReason, FinishedRow, Request, StopRule, sampler::RowKey};
 /// A request with its state.
 pub(super) struct Row<'t> {
     request: Request,
-    /// Tokens of the prefix that the row uses.
+    /// Tokens of the shared prefix that the row attends to.
     pub(super) prefix: usize,
+    /// Tokens of the prefix that are copied into the row's slot.
+    pub(super) copied: usize,
     /// Generated tokens that the row may have at most.
     limit: usize,
     tokens: Vec<u32>,
@@ -24,12 +26,13 @@ impl<'t> Row<'t> {
     pub(super) fn new(
         request: Request,
         tokenizer: &'t Tokenizer,
-        prefix: usize,
+        [prefix, copied]: [usize; 2],
         limit: usize,
     ) -> Self {
         Self {
             request,
             prefix,
+            copied,
             limit,
             tokens: Vec::new(),
             text: String::new(),
@@ -54,7 +57,7 @@ impl<'t> Row<'t> {
 
     /// The prompt's tokens that the prefix does not hold.
     pub(super) fn suffix(&self) -> &[u32] {
-        &self.request.tokens[self.prefix..]
+        &self.request.tokens[self.prefix + self.copied..]
     }
 
     /// The last token, and its position in the whole row.
@@ -75,7 +78,7 @@ impl<'t> Row<'t> {
 
     /// Tokens of its slot that the row may need.
     pub(super) fn reserved(&self) -> usize {
-        self.suffix().len() + self.limit
+        self.copied + self.suffix().len() + self.limit
     }
 
     /// Whether the prompt was read.

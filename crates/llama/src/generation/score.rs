@@ -118,7 +118,7 @@ impl Engine<'_> {
         let prompts: Vec<Prompt<'_>> = rows
             .iter()
             .enumerate()
-            .map(|(slot, row)| Prompt { slot, prefix: row.prefix, tokens: &row.tokens })
+            .map(|(slot, row)| Prompt { slot, prefix: row.prefix, copied: 0, tokens: &row.tokens })
             .collect();
         let x =
             read_prompts(self.model, self.comm, &mut self.cache, self.prefix.as_ref(), &prompts)?; // (T, C)

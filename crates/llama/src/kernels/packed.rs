@@ -69,6 +69,25 @@ impl PackedWeight {
         Ok(weight.into_tensor())
     }
 
+    /// Some rows of the weight: the embeddings of tokens where it is the head of a model that has
+    /// only one matrix for both.
+    ///
+    /// # Shapes
+    /// result: `(T, I)`.
+    ///
+    /// # Panics
+    /// If a row is not below O.
+    pub(crate) fn rows(&self, rows: &[u32]) -> Result<Tensor> {
+        let mut out = F32Buffer::zeros(&[rows.len() as i64, self.depth as i64])?;
+        if self.depth > 0 {
+            let panels = self.panels.values();
+            for (&row, out) in rows.iter().zip(out.values_mut().chunks_exact_mut(self.depth)) {
+                panels::unpack_row(panels, self.depth, row as usize, out);
+            }
+        }
+        Ok(out.into_tensor())
+    }
+
     /// `x W^T`. Where a gradient must pass, the weight is unpacked for the moment: backward needs it
     /// the other way round, and a second copy would double the memory of a model.
     ///

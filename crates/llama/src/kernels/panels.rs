@@ -91,11 +91,15 @@ pub(crate) fn pack(weight: &[f32], depth: usize, panels: &mut [f32]) {
 
 /// The weight `(O, I)` again.
 pub(crate) fn unpack(panels: &[f32], depth: usize, weight: &mut [f32]) {
-    for (rows, panel) in weight.chunks_mut(depth * UNIT).zip(panels.chunks_exact(depth * UNIT)) {
-        for (lane, row) in rows.chunks_exact_mut(depth).enumerate() {
-            for (value, &place) in row.iter_mut().zip(panel[lane..].iter().step_by(UNIT)) {
-                *value = place;
-            }
-        }
+    for (row, values) in weight.chunks_exact_mut(depth).enumerate() {
+        unpack_row(panels, depth, row, values);
+    }
+}
+
+/// One row of the weight, `(I)`.
+pub(crate) fn unpack_row(panels: &[f32], depth: usize, row: usize, values: &mut [f32]) {
+    let panel = &panels[row / UNIT * UNIT * depth..][..UNIT * depth];
+    for (value, &place) in values.iter_mut().zip(panel[row % UNIT..].iter().step_by(UNIT)) {
+        *value = place;
     }
 }

@@ -67,14 +67,24 @@ impl SlotKeys {
             ..*self
         };
         for (slot, &length) in lengths.iter().enumerate().filter(|(_, length)| **length > 0) {
-            for kv in 0..self.n_kv {
-                let own = self.stored().head(slot, kv, length as usize);
-                let [keys, values] = new.stored().ranges(slot, kv, length as usize);
-                new.keys.values_mut()[keys].copy_from_slice(own.keys);
-                new.values.values_mut()[values].copy_from_slice(own.values);
-            }
+            new.copy_slot((self, slot), slot, length as usize);
         }
         Ok(new)
+    }
+
+    /// Puts the first `length` tokens of a prefix into a slot.
+    pub(crate) fn copy_row(&mut self, prefix: &Self, slot: usize, length: usize) {
+        self.copy_slot((prefix, 0), slot, length);
+    }
+
+    /// Copies `length` tokens of a slot of another cache of the same heads.
+    fn copy_slot(&mut self, (from, from_slot): (&Self, usize), slot: usize, length: usize) {
+        for kv in 0..self.n_kv {
+            let own = from.stored().head(from_slot, kv, length);
+            let [keys, values] = self.stored().ranges(slot, kv, length);
+            self.keys.values_mut()[keys].copy_from_slice(own.keys);
+            self.values.values_mut()[values].copy_from_slice(own.values);
+        }
     }
 
     /// Puts the row of one slot, which holds `length` tokens, into another slot.

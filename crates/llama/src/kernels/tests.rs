@@ -60,6 +60,9 @@ fn a_packed_linear_equals_matmul() {
             let weight = Tensor::randn([out, depth], F);
             let packed = PackedWeight::pack(kernels, &weight).unwrap();
             assert_eq!((packed.size(), packed.unpack().unwrap()), ((out, depth), weight.copy()));
+            let last = out as u32 - 1;
+            let rows = Tensor::from_slice(&[i64::from(last), 0, i64::from(last)]);
+            assert_eq!(packed.rows(&[last, 0, last]).unwrap(), weight.index_select(0, &rows));
             for rows in [0, 1, 2, 3, 7, 13, 32, 64, 250] {
                 let x = Tensor::randn([rows, depth], F);
                 let (got, want) = (packed.forward(&x).unwrap(), x.matmul(&weight.tr()));
@@ -167,15 +170,17 @@ impl Case {
         shared.push_layer(heads, &storage, &k, &v).unwrap();
         let shared = (self.prefix > 0).then_some(&shared);
         let mut cache = SlotCache::new(heads, &storage, self.rows.len() as i64, 24).unwrap();
-        let step_rows = |more: i64| -> Vec<StepRow> {
-            let rows = (0..).zip(&self.rows);
-            rows.map(|(slot, &(own, prefix))| StepRow { slot, length: own + more, prefix })
-                .collect()
-        };
+        let rows = || (0..).zip(self.rows.iter().copied());
+        let prompts: Vec<StepRow> = rows()
+            .map(|(slot, (own, prefix))| StepRow { slot, new: own, length: own, prefix })
+            .collect();
+        let next: Vec<StepRow> = rows()
+            .map(|(slot, (own, prefix))| StepRow { slot, new: 1, length: own + 1, prefix })
+            .collect();
         let tokens: i64 = self.rows.iter().map(|row| row.0).sum();
         let device = Device::Cpu;
-        let prefill = Step::prefill(&cache, heads, device, &step_rows(0), shared);
-        let decode = Step::decode(&cache, heads, device, &step_rows(1), shared, 0);
+        let prefill = Step::prefill(&cache, heads, device, &prompts, shared);
+        let decode = Step::decode(&cache, heads, device, &next, shared, 0);
         [(prefill, tokens), (decode, self.rows.len() as i64)].map(|(mut step, tokens)| {
             let [q, k, v] = [h, n_kv, n_kv].map(|heads| self.random(&mut rng, tokens, heads));
             let (q, k, v) = (&q, &k, &v);

@@ -3,12 +3,13 @@
 use std::ops::ControlFlow;
 
 use dromedary_llama::{
-    Error,
-    generation::{Engine, EngineConfig, FinishReason, Request, Sampling},
+    Error, LoadOptions,
+    generation::{Engine, EngineConfig, FinishReason, PrefixUse, Request, Sampling},
 };
 use dromedary_parallel::SingleProcess;
+use dromedary_tokenizer::Tokenizer;
 
-use crate::support::{Loaded, Output, data, greedy_ids, request, run, stories};
+use crate::support::{Loaded, Output, data, greedy_ids, load, request, run, stories};
 
 const TEXTS: [&str; 7] = [
     "Once upon a time",
@@ -138,6 +139,35 @@ fn a_pinned_prefix_changes_nothing_but_the_work() {
     let plain = tokens_by_row(plain);
     assert_eq!(tokens_by_row(pinned), plain);
     assert_eq!(tokens_by_row(again), plain);
+}
+
+#[test]
+fn a_copied_prefix_gives_the_rows_of_a_shared_one() {
+    let loaded = loaded();
+    let prefix =
+        loaded.tokenizer.encode_with_bos("Once upon a time, there was a little girl named");
+    let texts = [" Lily", " Sue. She had a dog", " Ann who", ", there was a cat"];
+    let requests: Vec<Request> = texts
+        .iter()
+        .map(|text| request(*text, [&prefix[..], &loaded.tokenizer.encode(text)].concat()))
+        .chain([request("other", loaded.tokenizer.encode_with_bos("Once upon a hill"))])
+        .collect();
+    let rows = |prefix_use, max_seq_len| {
+        let config = EngineConfig { prefix_use, max_seq_len, max_batch_size: 2, ..config() };
+        let mut engine = engine(&loaded, config);
+        engine.pin_prefix(&prefix).unwrap();
+        let output = run(&mut engine, requests.clone());
+        (output.statistics.prompt_tokens, tokens_by_row(output))
+    };
+    let shared = rows(PrefixUse::Shared, 100);
+    assert_eq!(shared.1.len(), requests.len());
+    assert_eq!(rows(PrefixUse::Copied, 100 + prefix.len()), shared);
+    let dense = LoadOptions { pack: false, ..LoadOptions::default() };
+    let dense =
+        Loaded { model: load(&stories(), &dense), tokenizer: Tokenizer::open(stories()).unwrap() };
+    let config = EngineConfig { prefix_use: PrefixUse::Copied, ..config() };
+    let refused = Engine::new(&dense.model, &dense.tokenizer, &SingleProcess, config);
+    assert!(matches!(refused, Err(Error::CopiedPrefix)));
 }
 
 #[test]

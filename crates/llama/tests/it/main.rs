@@ -21,6 +21,7 @@ mod interrupted; // tools that are stopped, killed, out of room
 #[path = "../../../parallel/tests/it/job.rs"]
 #[allow(dead_code, reason = "the crate it belongs to uses all of it")]
 mod job; // starts and watches jobs
+mod memory; // what generation takes, against what is planned
 mod merge; // adapters into their base, `llama merge`
 mod model; // parts of the model, adapters in place
 mod parity; // logits against golden values
