@@ -9,8 +9,12 @@ use crate::{
 };
 
 /// Bytes that a process holds beside weights, keys, values and activations, once libtorch is loaded:
-/// the tokenizer, the threads, what the allocator keeps.
-const PROCESS_BYTES: u64 = 48_000_000;
+/// the tokenizer, the threads' stacks, code that is called for the first time.
+const PROCESS_BYTES: u64 = 32 << 20;
+
+/// Bytes that the allocator keeps of what passes have freed: glibc's has twice its largest threshold
+/// of 32 MB before it gives memory back (mallopt(3), `M_MMAP_THRESHOLD`).
+const ALLOCATOR_BYTES: u64 = 64 << 20;
 
 /// Copies of a step's logits that exist at once while tokens are drawn: as they were computed, shifted
 /// for the sum of their exponentials, and on the host.
@@ -37,6 +41,8 @@ pub struct Footprint {
     pub activation_bytes_per_token: u64,
     /// Bytes that choosing one token takes.
     pub logit_bytes_per_row: u64,
+    /// Bytes of the largest layer's weights, which are there twice while they are laid out.
+    pub loading_bytes: u64,
     /// Bytes of the largest weight while it is converted to the kind that is computed in; 0 where
     /// weights are kept in it.
     pub converted_bytes: u64,
@@ -121,6 +127,7 @@ impl Footprint {
             attention_work: 2 * layers * h,
             activation_bytes_per_token: 4 * hidden + kv_size * computed,
             logit_bytes_per_row: 4 * vocab * LOGIT_COPIES,
+            loading_bytes: largest * weight_size,
             converted_bytes: if weight_size == kv_size { 0 } else { largest * kv_size },
         }
     }
@@ -129,16 +136,18 @@ impl Footprint {
     pub fn memory(&self, of: &Workload) -> Memory {
         let prefix_bytes = self.kv_bytes(of.prefix_tokens);
         let slot_bytes = self.kv_bytes(of.max_batch_size * of.max_seq_len);
-        // The prefix is read before there are slots; prompts are read together until they have a
+        // Weights are loaded before there is a prefix, and it is read before there are slots. Prompts are read together until they have a
         // number of tokens, which the last of them may pass.
         let together = PREFILL_TOKENS as u64 + of.max_seq_len;
         let prompts = (of.max_batch_size * of.max_seq_len).min(together);
         let work_bytes = (self.activation_bytes_per_token * of.prefix_tokens)
             .saturating_sub(slot_bytes)
+            .max(self.loading_bytes.saturating_sub(prefix_bytes + slot_bytes))
             .max(self.activation_bytes_per_token * prompts)
             .max(self.logit_bytes_per_row * of.max_batch_size)
             + self.converted_bytes
-            + PROCESS_BYTES;
+            + PROCESS_BYTES
+            + ALLOCATOR_BYTES;
         Memory {
             weight_bytes: self.weight_bytes,
             prefix_bytes,

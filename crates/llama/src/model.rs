@@ -6,6 +6,7 @@
 use std::ops::Range;
 
 use dromedary_parallel::{Communicator, fault_point};
+use dromedary_torch_ext::release_free_memory;
 use tch::{Device, Kind, Tensor};
 
 use crate::{
@@ -115,6 +116,7 @@ impl Llama {
         let embed_tokens = (!options.embeds_by_head(&config)).then_some(embed_tokens);
         let norm = loader.norm("model.norm")?;
         let rotary = Rotary::new(&config, options.device)?;
+        release_free_memory();
         Ok(Self {
             config,
             options: *options,

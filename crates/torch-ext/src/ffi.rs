@@ -198,3 +198,11 @@ pub(crate) fn f32_values_mut(tensor: &mut Tensor, length: usize) -> &mut [f32] {
     // SAFETY: as above; the callers made the tensor, and its only handle is borrowed mutably.
     unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), length) }
 }
+
+pub(crate) fn release_free_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: it may be called at any time; it looks at memory alone that nobody has allocated.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}

@@ -34,4 +34,4 @@ mod values;
 pub use autograd::{AdamW, AdamWState, fused_adamw, run_backward};
 pub use error::{Error, Result};
 pub use packed::{PackedWeight, frozen_linear, packing_supported};
-pub use values::{F32Buffer, Rows, num_threads, parallel_for};
+pub use values::{F32Buffer, Rows, num_threads, parallel_for, release_free_memory};

@@ -127,6 +127,12 @@ pub fn parallel_for(count: usize, body: impl Fn(Range<usize>) + Sync) -> Result<
     ffi::parallel_for(count, &body)
 }
 
+/// Gives memory back to the system that the allocator keeps between what is in use. Worth its
+/// milliseconds after work that leaves many holes, such as laying weights out anew one by one.
+pub fn release_free_memory() {
+    ffi::release_free_memory();
+}
+
 /// The threads that [`parallel_for`] has at most.
 pub fn num_threads() -> usize {
     ffi::num_threads()

@@ -8,6 +8,7 @@ use std::{
 };
 
 use dromedary_files::{AtomicDir, FileEntry, Manifest};
+use dromedary_torch_ext::release_free_memory;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -150,6 +151,8 @@ impl Engine<'_> {
         if let Some(entry) = entry {
             let _ = warned(entry.publish());
         }
+        // A long prefix is the largest pass of all.
+        release_free_memory();
         Ok(prefix)
     }
 

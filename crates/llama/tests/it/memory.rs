@@ -118,6 +118,7 @@ fn planned_memory_is_what_a_run_takes() {
         (deep.path(), workload(1500, 40, 150)),
         (&smollm2, workload(500, 16, 200)),
     ];
+    let mut worst = 0f64;
     for (dir, workload) in models {
         let config = LlamaConfig::open(dir).unwrap();
         let plan = Plan::new(&config, 1).unwrap();
@@ -125,16 +126,17 @@ fn planned_memory_is_what_a_run_takes() {
         let planned = footprint.memory(&workload).peak_bytes / 1000;
         let took = child("memory::generate_and_measure", dir, &workload, "peak of ")[0];
         let off = took as f64 / planned as f64 - 1.0;
-        assert!(off.abs() < 0.1, "{workload:?}: planned {planned} kB, took {took} kB");
-        println!("{}: planned {planned} kB, took {took} kB ({off:+.3})", dir.display());
+        println!("{workload:?}: planned {planned} kB, took {took} kB: {off:+.3}");
+        worst = worst.max(off.abs());
     }
+    assert!(worst < 0.1, "see above");
 }
 
 #[test]
 #[ignore = "a child of planned_memory_is_what_a_run_takes"]
 fn generate_and_measure() {
     let Some((model, workload)) = work() else { return };
-    tch::set_num_threads(2);
+    tch::set_num_threads(1);
     let product = Tensor::ones([64, 64], (Kind::Float, Device::Cpu));
     assert_eq!(f64::try_from(product.matmul(&product).max()).unwrap(), 64.0);
     let before = rss_kb();
