@@ -16,9 +16,8 @@ const PROCESS_BYTES: u64 = 32 << 20;
 /// of 32 MB before it gives memory back (mallopt(3), `M_MMAP_THRESHOLD`).
 const ALLOCATOR_BYTES: u64 = 64 << 20;
 
-/// Copies of a step's logits that exist at once while tokens are drawn: as they were computed, shifted
-/// for the sum of their exponentials, and on the host.
-const LOGIT_COPIES: u64 = 3;
+/// Copies of a step's logits that exist at once where the last units of the vocabulary are cut off.
+const LOGIT_COPIES: u64 = 2;
 
 /// The cost of one rank: sums over the slices that the plan gives it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -200,12 +200,7 @@ impl Llama {
     /// No memory.
     pub fn slice(&self, tensor: &str) -> Result<Option<Tensor>> {
         match tensor {
-            EMBEDDING => {
-                return match &self.embed_tokens {
-                    Some(embed_tokens) => Ok(Some(embed_tokens.shallow_clone())),
-                    None => self.lm_head.part_weight("lm_head"),
-                };
-            }
+            EMBEDDING => return self.embedding().map(Some),
             HEAD => return self.lm_head.part_weight("lm_head"),
             "model.norm.weight" => return Ok(Some(self.norm.weight.shallow_clone())),
             _ => {}
@@ -256,7 +251,8 @@ impl Llama {
     /// # Errors
     /// Those of `replace`, no memory.
     pub fn replace_weights(&mut self, replace: ReplaceWeight<'_>) -> Result<()> {
-        replace_single(EMBEDDING.to_owned(), &mut self.embed_tokens, replace)?;
+        let mut embed_tokens = self.embedding()?;
+        replace_single(EMBEDDING.to_owned(), &mut embed_tokens, replace)?;
         for (index, layer) in self.layers.iter_mut().enumerate() {
             let module = format!("model.layers.{index}");
             layer.replace_weights(&module, replace)?;
@@ -264,11 +260,21 @@ impl Llama {
         replace_single("model.norm.weight".to_owned(), &mut self.norm.weight, replace)?;
         if self.config.tie_word_embeddings {
             let rows = &self.plan.rank(self.options.tp_rank).vocab;
-            let head = self.embed_tokens.f_narrow(0, rows.start, width(rows))?;
+            let head = embed_tokens.f_narrow(0, rows.start, width(rows))?;
             self.lm_head.weight = Weight::Dense(head);
-            return Ok(());
+        } else {
+            self.lm_head.replace_weight("", replace)?;
         }
-        self.lm_head.replace_weight("", replace)
+        self.embed_tokens = Some(embed_tokens);
+        Ok(())
+    }
+
+    /// The weight of the embedding, `(V, C)`: a view, or unpacked where the packed head holds it.
+    fn embedding(&self) -> Result<Tensor> {
+        match (&self.embed_tokens, &self.lm_head.weight) {
+            (Some(weight), _) | (None, Weight::Dense(weight)) => Ok(weight.shallow_clone()),
+            (None, Weight::Packed(head)) => head.unpack(),
+        }
     }
 
     /// The embeddings of tokens.
@@ -282,15 +288,13 @@ impl Llama {
         if let Some(&id) = ids.iter().find(|&&id| i64::from(id) >= self.config.vocab_size) {
             return Err(Error::TokenId { id, vocab_size: self.config.vocab_size });
         }
-        match (&self.embed_tokens, &self.lm_head.weight) {
-            (Some(embed_tokens), _) => {
-                let ids: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
-                let ids = Tensor::from_slice(&ids).f_to_device(self.device())?;
-                Ok(embed_tokens.f_index_select(0, &ids)?.f_to_kind(self.compute_kind)?)
-            }
-            (None, Weight::Packed(head)) => head.rows(ids),
-            (None, Weight::Dense(_)) => unreachable!("only a packed head stands for the embedding"),
-        }
+        let weight = match (&self.embed_tokens, &self.lm_head.weight) {
+            (None, Weight::Packed(head)) => return head.rows(ids),
+            (Some(weight), _) | (None, Weight::Dense(weight)) => weight,
+        };
+        let ids: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
+        let ids = Tensor::from_slice(&ids).f_to_device(self.device())?;
+        Ok(weight.f_index_select(0, &ids)?.f_to_kind(self.compute_kind)?)
     }
 
     /// The rotations of tokens at these positions.

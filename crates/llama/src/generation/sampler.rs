@@ -6,19 +6,23 @@ use std::ops::Range;
 
 use dromedary_parallel::Communicator;
 use dromedary_tokenizer::Tokenizer;
+use dromedary_torch_ext::Rows;
 use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::{
     Sampling,
     candidates::{CANDIDATES, Candidate, Known, best_of, draw, sort},
     penalties::Penalties,
 };
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    kernels::{Kernels, tasks},
+};
 
 /// Stands for the largest logit of a shard that has none above -inf.
-const NO_LOGIT: f64 = -1e30;
+const NO_LOGIT: f32 = -1e30;
 
 /// What a row's choice depends on besides its logits, and nothing else: not the batch, the slot or
 /// the rank.
@@ -68,12 +72,13 @@ impl Vocabulary<'_> {
 pub(super) struct Sampler {
     sampling: Sampling,
     penalties: Penalties,
-    host: Vec<f32>,
+    kernels: Kernels,
     candidates: Vec<Candidate>,
     gathered_rows: u64,
 }
 
 /// The candidates of all ranks for one row.
+#[derive(Debug, Clone, Default)]
 struct Offer {
     max: f32,
     total: f64,
@@ -86,7 +91,7 @@ impl Sampler {
         Self {
             penalties: Penalties::new(&sampling, tokenizer),
             sampling,
-            host: Vec::new(),
+            kernels: Kernels::detect(),
             candidates: Vec::new(),
             gathered_rows: 0,
         }
@@ -143,28 +148,26 @@ impl Sampler {
 
     /// Each row's candidates, from all ranks.
     fn offers(&mut self, logits: &Tensor, vocabulary: &Vocabulary<'_>) -> Result<Vec<Offer>> {
-        let (rows, width) = logits.size2()?;
-        let max = logits.amax([-1], true); // (B, 1)
-        // The largest becomes 0 first, so that a tiny temperature gives -inf and never inf - inf.
-        let mut weights = logits - max.clamp_min(NO_LOGIT); // (B, W)
-        let _ = weights.f_div_scalar_(self.sampling.temperature)?;
-        let sum = weights.f_exp_()?.sum_dim_intlist(-1, false, Kind::Float); // (B)
-        let (max, sum) = (Vec::<f32>::try_from(max.view(-1))?, Vec::<f32>::try_from(sum)?);
-        self.host.resize((rows * width) as usize, 0.0);
-        logits.f_copy_data(&mut self.host, (rows * width) as usize)?;
+        let logits = logits.f_to_device(Device::Cpu)?;
+        let logits = Rows::of(&logits)?;
         let first = vocabulary.rows.start as u32;
-        let mut offers = Vec::with_capacity(rows as usize);
-        for (row, (max, sum)) in
-            self.host.chunks_exact(width as usize).zip(max.into_iter().zip(sum))
-        {
-            best_of(row, first, CANDIDATES, &mut self.candidates);
-            offers.push(Offer {
-                max,
-                total: f64::from(sum),
-                complete: self.candidates.len() == width as usize,
-                best: self.candidates.clone(),
-            });
-        }
+        let mut offers = vec![Offer::default(); logits.len()];
+        let (kernels, temperature) = (self.kernels, self.sampling.temperature);
+        tasks::run(
+            offers.iter_mut().enumerate().collect(),
+            Vec::new,
+            |candidates, (row, offer)| {
+                let row = logits.row(row);
+                let (max, total) = kernels.weigh(row, temperature, NO_LOGIT);
+                best_of(row, first, CANDIDATES, candidates);
+                *offer = Offer {
+                    max: if total.is_nan() { f32::NAN } else { max },
+                    total,
+                    complete: candidates.len() == row.len(),
+                    best: candidates.clone(),
+                };
+            },
+        )?;
         if vocabulary.is_split() { self.exchange(&offers, vocabulary) } else { Ok(offers) }
     }
 
@@ -203,7 +206,7 @@ impl Sampler {
         // Below a rank's last candidate that rank may have tokens that nobody has told of.
         let mut floor = f64::NEG_INFINITY;
         for rank in ranks {
-            let of_rank = rank[0].max(NO_LOGIT);
+            let of_rank = rank[0].max(f64::from(NO_LOGIT));
             total += rank[1] * ((of_rank - max) / self.sampling.temperature).exp();
             let count = rank[2] as usize;
             let logits = &rank[4..4 + count];

@@ -37,6 +37,47 @@ impl Kernel for Norm<'_> {
     }
 }
 
+/// What a softmax over values needs: the largest, and the sum of `e^((value - largest) / temperature)`.
+/// A NaN makes the sum NaN.
+pub(crate) struct Weigh<'a> {
+    pub(crate) values: &'a [f32],
+    pub(crate) temperature: f32,
+    /// Stands for a largest value below it, as when all are -inf.
+    pub(crate) floor: f32,
+}
+
+/// Units that are summed in f32 before they are added in f64.
+const EXACT_UNITS: usize = 32;
+
+impl Kernel for Weigh<'_> {
+    type Output = (f32, f64);
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> (f32, f64) {
+        let (units, rest) = self.values.as_chunks::<UNIT>();
+        let rest = simd.load_part(rest, f32::NEG_INFINITY);
+        let mut largest = rest;
+        for unit in units {
+            // A NaN leaves the maximum alone and reaches the sum.
+            largest = simd.max(simd.load(unit), largest);
+        }
+        let max = simd.largest(largest);
+        let (shift, scale) = (simd.splat(max.max(self.floor)), simd.splat(1.0 / self.temperature));
+        let weight = |values| simd.exp(simd.mul(simd.sub(values, shift), scale));
+        // The fill of the rest weighs almost nothing, and not nothing: it is taken out.
+        let mut total =
+            f64::from(simd.lanes(weight(rest))[..self.values.len() % UNIT].iter().sum::<f32>());
+        for units in units.chunks(EXACT_UNITS) {
+            let mut sum = simd.splat(0.0);
+            for unit in units {
+                sum = simd.add(sum, weight(simd.load(unit)));
+            }
+            total += f64::from(simd.sum(sum));
+        }
+        (max, total)
+    }
+}
+
 /// The gradient of a norm's input from that of its output.
 pub(crate) struct NormBackward<'a> {
     pub(crate) x: &'a [f32],      // (T, C)

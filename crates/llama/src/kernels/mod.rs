@@ -14,7 +14,7 @@ mod panels;
 mod product;
 mod sequences;
 mod simd;
-mod tasks;
+pub(crate) mod tasks;
 #[cfg(test)]
 mod tests;
 mod training;
@@ -63,6 +63,13 @@ impl Kernels {
         let (x, weight) = (Rows::of(&x)?, Rows::of(weight)?);
         self.norm_rows(x.values(), (weight.values(), eps), out.values_mut())?;
         Ok(out.into_tensor())
+    }
+
+    /// The largest of some logits, and the sum of `e^((logit - largest) / temperature)`, which is NaN
+    /// if any of them is. Where all are below `floor` that stands for the largest in the sum.
+    pub(crate) fn weigh(self, logits: &[f32], temperature: f64, floor: f32) -> (f32, f64) {
+        let temperature = temperature as f32;
+        self.level.run(elementwise::Weigh { values: logits, temperature, floor })
     }
 
     /// Rotates the heads of each token.

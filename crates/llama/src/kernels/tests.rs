@@ -53,6 +53,33 @@ fn exp_is_exact_to_some_units_and_keeps_nan() {
 }
 
 #[test]
+fn logits_are_weighed_as_libtorch_does() {
+    tch::manual_seed(9);
+    for kernels in Kernels::all() {
+        for count in [1, 15, 16, 17, 49_152, 1000] {
+            for (temperature, scale) in [(1.0, 4.0), (0.7, 30.0), (1e-6, 4.0), (1e6, 1.0)] {
+                let logits = Tensor::randn([count], F) * scale;
+                let want = (&logits.to_kind(Kind::Double) - logits.max()) / temperature;
+                let want = f64::try_from(want.exp().sum(Kind::Double)).unwrap();
+                let values = Vec::<f32>::try_from(&logits).unwrap();
+                let (max, total) = kernels.weigh(&values, temperature, -1e30);
+                assert_eq!(f64::from(max), f64::try_from(logits.max()).unwrap());
+                assert!((total / want - 1.0).abs() < 1e-6, "{kernels:?} {count} {total} {want}");
+            }
+        }
+        let mut values = vec![f32::NEG_INFINITY; 40];
+        let none = kernels.weigh(&values, 1.0, -1e30);
+        assert!(none.0 == f32::NEG_INFINITY && none.1 < 1e-30, "{none:?}");
+        values[3] = 2.0;
+        assert!((kernels.weigh(&values, 1.0, -1e30).1 - 1.0).abs() < 1e-30);
+        for bad in [f32::NAN, f32::INFINITY] {
+            values[38] = bad;
+            assert!(kernels.weigh(&values, 1.0, -1e30).1.is_nan(), "{kernels:?} {bad}");
+        }
+    }
+}
+
+#[test]
 fn a_packed_linear_equals_matmul() {
     tch::manual_seed(1);
     for kernels in Kernels::all() {
