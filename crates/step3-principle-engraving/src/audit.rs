@@ -2,12 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
-
 use crate::collate::{CollateConfig, Example};
 
 /// Counts over the rows of a data set.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Audit {
     /// Rows with a target.
     pub rows: usize,
@@ -28,7 +26,7 @@ pub struct Audit {
 }
 
 /// Counts over one side of all rows.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Side {
     /// Tokens that are left.
     pub tokens: usize,

@@ -271,6 +271,9 @@ fn eval_config(args: &TrainArgs) -> Result<Option<EvalConfig>, CommandError> {
     };
     let batch_size = positive(args.per_device_eval_batch_size, "per-device-eval-batch-size")?;
     let max_samples = args.max_eval_samples;
+    if max_samples.is_some() {
+        positive(max_samples, "max-eval-samples")?;
+    }
     Ok(rows.map(|rows| EvalConfig { rows, max_samples, batch_size, every }))
 }
 
