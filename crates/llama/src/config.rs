@@ -175,6 +175,18 @@ fn eos_ids_of_file(path: &Path) -> Result<Vec<u32>> {
     }
 }
 
+/// The text of a folder's `config.json`, for weights that are written without quantisation.
+pub(crate) fn plain_config(dir: &Path) -> Result<Vec<u8>> {
+    let path = config_path(dir);
+    let bytes = fs::read(&path).map_err(Error::io(&path))?;
+    let mut config: serde_json::Map<String, Value> =
+        serde_json::from_slice(&bytes).map_err(|source| Error::Json { path, source })?;
+    match config.remove("quantization_config") {
+        None => Ok(bytes),
+        Some(_) => Ok(format!("{:#}\n", Value::from(config)).into_bytes()),
+    }
+}
+
 pub(crate) fn config_path(path: &Path) -> PathBuf {
     if path.is_dir() { path.join("config.json") } else { path.to_path_buf() }
 }

@@ -1,7 +1,9 @@
 //! Whether two stored models compute the same: logits of both on a fixed prompt, in little memory.
 //!
 //! The forward pass reads each weight in blocks and keeps none. It shares no step with the converters:
-//! weights of Meta's order are used as they lie, and the features that are neighbours are turned.
+//! weights of Meta's order are used as they lie, and the features that are neighbours are turned. It is
+//! computed in f64: on ids without sense some models blow the rounding of f32 up to 1e-4 of a logit, and
+//! two orders of one sum would look like two models.
 
 // Shapes: T = tokens, C = hidden_size, O = out features, V = vocab_size, H = query or key heads,
 // D = head_dim.
@@ -17,15 +19,15 @@ use crate::{
     checkpoint::{EMBEDDING, HEAD, MetaCheckpoint, blocks, shape_of},
     heads::Heads,
     meter::Meter,
-    norm::RmsNorm,
-    rotary::{Rotary, RotaryAt},
+    rotary::Rotary,
 };
 
-/// Bytes of a weight in memory at once, as f32.
+/// The kind that is computed in.
+const KIND: Kind = Kind::Double;
+/// Bytes of a weight in memory at once, in this kind.
 const BLOCK: usize = 4 << 20;
-/// Logits of two layouts of one model may differ by so much: f32 sums of the same numbers in another
-/// order.
-pub(crate) const TOLERANCE: f64 = 1e-4;
+/// Logits of two layouts of one model may differ by so much: the same numbers, summed in another order.
+pub(crate) const TOLERANCE: f64 = 1e-8;
 /// Tokens of the fixed prompt.
 const TOKENS: u64 = 12;
 
@@ -154,7 +156,7 @@ fn prompt(vocab_size: i64) -> Vec<i64> {
     (1..=TOKENS).map(|token| spread(token) % vocab_size).collect()
 }
 
-/// The logits after each token, in f32.
+/// The logits after each token.
 fn logits(model: &dyn StoredModel, ids: &[i64], meter: &Meter<'_>) -> Result<Tensor> {
     tch::no_grad(|| Forward::new(model, ids.len(), meter)?.run(ids))
 }
@@ -163,7 +165,8 @@ struct Forward<'a, 'm> {
     model: &'a dyn StoredModel,
     meter: &'a Meter<'m>,
     heads: Heads,
-    rotary: RotaryAt,
+    /// Cosine and sine, `(T, 1, D/2)` each.
+    rotary: [Tensor; 2],
     tokens: i64,
 }
 
@@ -173,6 +176,7 @@ impl<'a, 'm> Forward<'a, 'm> {
         let heads = Heads::new(Plan::new(config, 1)?.rank(0), config.head_dim);
         let positions: Vec<i64> = (0..tokens as i64).collect();
         let rotary = Rotary::new(config, Device::Cpu)?.at(&positions)?;
+        let rotary = rotary.parts().map(|part| part.to_kind(KIND));
         Ok(Self { model, meter, heads, rotary, tokens: tokens as i64 })
     }
 
@@ -180,7 +184,7 @@ impl<'a, 'm> Forward<'a, 'm> {
         let config = self.model.config();
         let rows = ids.iter().map(|id| self.model.rows(EMBEDDING, *id..id + 1));
         let rows = rows.collect::<Result<Vec<_>>>()?;
-        let mut x = one_or_cat(rows, 0)?.f_to_kind(Kind::Float)?; // (T, C)
+        let mut x = one_or_cat(rows, 0)?.f_to_kind(KIND)?; // (T, C)
         for layer in 0..config.num_hidden_layers {
             let name = |path: &str| format!("model.layers.{layer}.{path}");
             let normed = self.norm(&name("input_layernorm"), &x)?;
@@ -198,8 +202,8 @@ impl<'a, 'm> Forward<'a, 'm> {
     fn norm(&self, module: &str, x: &Tensor) -> Result<Tensor> {
         let config = self.model.config();
         let weight = self.model.rows(&format!("{module}.weight"), 0..config.hidden_size)?;
-        let weight = weight.f_to_kind(Kind::Float)?;
-        Ok(RmsNorm { weight, eps: config.rms_norm_eps, kernels: None }.forward(x))
+        let mean_square = x.square().f_mean_dim(-1, true, KIND)?; // (T, 1)
+        Ok(x * (mean_square + config.rms_norm_eps).rsqrt() * weight.f_to_kind(KIND)?) // (T, C)
     }
 
     /// `(T, C)` in, `(T, C)` out.
@@ -214,17 +218,18 @@ impl<'a, 'm> Forward<'a, 'm> {
         self.linear(&format!("{module}.o_proj"), &y.reshape([self.tokens, -1]))
     }
 
-    /// `(T, H, D)` in and out.
+    /// Rotates each head by its token's position. `(T, H, D)` in and out.
     fn turn(&self, x: &Tensor) -> Tensor {
-        if !self.model.turns_neighbours() {
-            return self.rotary.rotate(x);
-        }
         let size = x.size();
-        let pairs = x.reshape([size[0], size[1], -1, 2]); // (T, H, D/2, 2)
-        let (a, b) = (pairs.select(3, 0), pairs.select(3, 1));
-        let [cos, sin] = self.rotary.parts();
+        // The two that turn with each other are the last or the last but one dimension.
+        let (pairs, dim) = match self.model.turns_neighbours() {
+            true => (x.reshape([size[0], size[1], -1, 2]), 3), // (T, H, D/2, 2)
+            false => (x.reshape([size[0], size[1], 2, -1]), 2), // (T, H, 2, D/2)
+        };
+        let (a, b) = (pairs.select(dim, 0), pairs.select(dim, 1)); // (T, H, D/2)
+        let [cos, sin] = &self.rotary;
         let turned = [&a * cos - &b * sin, &a * sin + &b * cos];
-        Tensor::stack(&turned, 3).reshape(&size)
+        Tensor::stack(&turned, dim).reshape(&size)
     }
 
     /// `x W^T`, and the module's adapter. `(T, C)` in, `(T, O)` out.
@@ -232,10 +237,10 @@ impl<'a, 'm> Forward<'a, 'm> {
         let name = format!("{module}.weight");
         let shape = shape_of(self.model.config(), &name);
         let columns = shape.get(1).copied().unwrap_or(1);
-        let parts = blocks(shape[0], columns as u64 * 4, 1, BLOCK)
+        let parts = blocks(shape[0], columns as u64 * 8, 1, BLOCK)
             .map(|rows| {
                 self.meter.looked_at()?;
-                let weight = self.model.rows(&name, rows)?.f_to_kind(Kind::Float)?;
+                let weight = self.model.rows(&name, rows)?.f_to_kind(KIND)?;
                 Ok(x.f_matmul(&weight.tr())?)
             })
             .collect::<Result<Vec<_>>>()?;
@@ -243,7 +248,7 @@ impl<'a, 'm> Forward<'a, 'm> {
         let Some((LoraPair { lora_a, lora_b }, scaling)) = self.model.lora(module)? else {
             return Ok(y);
         };
-        let low = x.f_matmul(&lora_a.f_to_kind(Kind::Float)?.tr())?; // (T, r)
-        Ok(y + low.f_matmul(&lora_b.f_to_kind(Kind::Float)?.tr())? * scaling)
+        let low = x.f_matmul(&lora_a.f_to_kind(KIND)?.tr())?; // (T, r)
+        Ok(y + low.f_matmul(&lora_b.f_to_kind(KIND)?.tr())? * scaling)
     }
 }

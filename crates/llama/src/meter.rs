@@ -5,7 +5,10 @@ use std::{
 
 use tch::Tensor;
 
-use crate::error::{Error, Result};
+use crate::{
+    checkpoint::return_large_blocks,
+    error::{Error, Result},
+};
 
 /// Counts what a tool writes, and asks its caller whether to go on.
 pub(crate) struct Meter<'a> {
@@ -14,7 +17,9 @@ pub(crate) struct Meter<'a> {
 }
 
 impl<'a> Meter<'a> {
+    /// Begins a tool's work, for the whole of which memory is to stay as small as its blocks.
     pub(crate) fn new(progress: &'a mut dyn FnMut(u64) -> ControlFlow<()>) -> Self {
+        return_large_blocks();
         Self { progress: RefCell::new(progress), bytes: Cell::new(0) }
     }
 

@@ -9,6 +9,7 @@ use tch::Tensor;
 
 use crate::{
     checkpoint::{CheckpointWriter, DEFAULT_MAX_SHARD_SIZE, TensorSpec, put_in_order},
+    config::plain_config,
     error::{Error, Result},
     model::Llama,
     plan::{Plan, Shard},
@@ -39,6 +40,9 @@ impl SaveOptions {
         let mut writer =
             CheckpointWriter::create(&self.output, tensors.to_vec(), self.max_shard_size)?;
         writer.copy_companions(&self.companions)?;
+        if self.companions.join("config.json").is_file() {
+            writer.add_file("config.json", &plain_config(&self.companions)?)?;
+        }
         Ok(writer)
     }
 }

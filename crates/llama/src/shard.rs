@@ -7,6 +7,7 @@ use crate::{
         Checkpoint, FolderWriter, RankFiles, SafetensorsWriter, TOKENIZER_FILES, TensorSpec,
         put_in_order,
     },
+    config::plain_config,
     deal::deal,
     error::Result,
     logit_check::{LogitDifference, TOLERANCE, compare},
@@ -59,7 +60,7 @@ pub fn shard(
     let mut tensors = base.specs()?;
     put_in_order(&mut tensors);
     let mut folder = FolderWriter::create(&options.output)?;
-    folder.add_file("config.json", &base.plain_config()?)?;
+    folder.add_file("config.json", &plain_config(&options.checkpoint)?)?;
     folder.copy_companions(&options.checkpoint, &["generation_config.json"])?;
     folder.copy_companions(&options.checkpoint, TOKENIZER_FILES)?;
     folder.add_file(RankFiles::INDEX, &RankFiles::index(options.tp))?;

@@ -29,6 +29,7 @@ pub(crate) use nf4::Quantiser;
 pub(crate) use output::SafetensorsWriter;
 pub(crate) use params::{PARAMS, Params};
 pub(crate) use rank_files::RankFiles;
+pub(crate) use tensor_memory::return_large_blocks;
 pub(crate) use torch_file::TorchWriter;
 pub(crate) use writer::{FolderWriter, TOKENIZER_FILES, put_in_order};
 

@@ -299,19 +299,6 @@ impl Checkpoint {
         whole.iter().map(TensorFile::path).chain(of_ranks.iter().map(PathBuf::as_path))
     }
 
-    /// The text of `config.json` of the same model with weights that are not quantised.
-    pub(crate) fn plain_config(&self) -> Result<Vec<u8>> {
-        let path = self.dir.join("config.json");
-        let bytes = fs::read(&path).map_err(Error::io(&path))?;
-        if !self.names().any(|name| self.is_quantised(name)) {
-            return Ok(bytes);
-        }
-        let mut config: serde_json::Map<String, serde_json::Value> =
-            serde_json::from_slice(&bytes).map_err(|source| Error::Json { path, source })?;
-        config.remove("quantization_config");
-        Ok(format!("{:#}\n", serde_json::Value::from(config)).into_bytes())
-    }
-
     /// A hash that tells checkpoints apart without reading them: of the configuration, the
     /// tokenizer, every header, every file's size and the first 4 kB of every tensor.
     ///

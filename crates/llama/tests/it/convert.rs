@@ -75,7 +75,7 @@ fn converted_models_compute_what_meta_s_compute() {
         let dir = tempfile::tempdir().unwrap();
         let output = dir.path().join("hf");
         let report = run(&options(&meta(name), &output)).unwrap();
-        assert!(report.difference.unwrap().largest < 1e-5, "{name}: {report:?}");
+        assert!(report.difference.unwrap().largest < 1e-12, "{name}: {report:?}");
         let model = support::load(&output, &LoadOptions::default());
         let difference = off(&model, name);
         assert!(difference < 1e-5, "{name}: {difference:.1e}");
@@ -170,7 +170,7 @@ fn a_real_model_survives_with_its_tokenizer() {
     let (there, back) = (dir.path().join("meta"), dir.path().join("back"));
     let to_meta = ConvertOptions { num_shards: 4, ..options(&support::stories(), &there) };
     let report = run(&to_meta).unwrap();
-    assert!(report.difference.unwrap().largest < 1e-5, "{report:?}");
+    assert!(report.difference.unwrap().largest < 1e-12, "{report:?}");
     run(&options(&there, &back)).unwrap();
     let model = support::load(&back, &LoadOptions::default());
     let loaded = support::load(&support::stories(), &LoadOptions::default());

@@ -25,7 +25,7 @@ fn cut(from: &Path, to: &Path, tp: usize) -> dromedary_llama::Result<ShardReport
 fn stories(tp: usize) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     let report = cut(&support::stories(), &dir.path().join("cut"), tp).unwrap();
-    assert!(report.difference.unwrap().largest < 1e-6, "{report:?}");
+    assert!(report.difference.unwrap().largest < 1e-12, "{report:?}");
     dir
 }
 
