@@ -40,6 +40,14 @@ pub enum Error {
         /// What is done and how to continue.
         message: String,
     },
+    /// The batch script cannot be told that the job is to go on later.
+    #[error("cannot write {}", path.display())]
+    Requeue {
+        /// The file that it looks for.
+        path: PathBuf,
+        /// Why it cannot be written.
+        source: io::Error,
+    },
     /// A report cannot be made into a page.
     #[error("cannot make the page of {title}")]
     Page {

@@ -15,7 +15,7 @@
 //! | 0 | done |
 //! | 1 | failure |
 //! | 2 | usage: wrong flag, wrong or missing setting, wrong configuration file |
-//! | 75 | stopped cleanly by a signal; the next run continues |
+//! | 75 | stopped cleanly by a signal; the next run continues (under srun 0, see [`stop_or_requeue`]) |
 //!
 //! ```
 //! use dromedary_command::{Common, boolean, layered, required};
@@ -47,6 +47,7 @@ mod page;
 mod progress;
 #[cfg(doctest)]
 mod readme;
+mod requeue;
 mod run;
 mod stop;
 
@@ -54,7 +55,8 @@ pub use args::{Common, boolean, normalize_args, parse};
 pub use config::{ignored_flags, layered, print_config, required};
 pub use error::{Error, Result};
 pub use logging::init_logging;
-pub use page::{Bars, Cell, Excerpt, Excerpts, ReportPage, Table, grouped};
+pub use page::{Bars, Cell, Excerpt, Excerpts, Lines, Ranking, ReportPage, Table, grouped};
 pub use progress::Progress;
+pub use requeue::stop_or_requeue;
 pub use run::{exit_code, run};
 pub use stop::{CriticalSection, StopFlag};

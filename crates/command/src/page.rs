@@ -43,7 +43,8 @@ pub struct ReportPage {
 #[serde(tag = "kind", rename_all = "snake_case")]
 enum Section {
     Table(Table),
-    Bars { title: String, note: String, svg: String, legend: Vec<(String, &'static str)> },
+    Chart { title: String, note: String, svg: String, legend: Vec<(String, &'static str)> },
+    Ranking { title: String, note: String, legend: Vec<(String, &'static str)>, rows: Vec<Ranked> },
     Excerpts(Excerpts),
     Facts { title: String, facts: Vec<(String, String)> },
 }
@@ -74,6 +75,36 @@ pub struct Bars {
     unit: String,
     width: u64,
     series: Vec<(String, Vec<u64>)>,
+}
+
+/// Curves over one axis, such as time.
+#[derive(Clone, Debug)]
+pub struct Lines {
+    title: String,
+    x: String,
+    y: String,
+    series: Vec<(String, Vec<(f64, f64)>)>,
+}
+
+/// Counts with their names, each with a bar as long as the count; series stand behind each other in a
+/// bar.
+#[derive(Clone, Debug)]
+pub struct Ranking {
+    title: String,
+    note: String,
+    series: Vec<String>,
+    rows: Vec<(String, Vec<u64>, String)>,
+}
+
+/// A row of a [`Ranking`] as the page shows it.
+#[derive(Clone, Debug, Serialize)]
+struct Ranked {
+    name: String,
+    total: String,
+    /// What is told before the bar.
+    remark: String,
+    /// Percent of the width, and the color.
+    parts: Vec<(String, &'static str)>,
 }
 
 /// Excerpts of texts under captions, in groups; folded away until somebody opens them.
@@ -144,14 +175,34 @@ impl ReportPage {
     #[must_use]
     pub fn bars(mut self, bars: Bars) -> ReportPage {
         let total: u64 = bars.series.iter().flat_map(|(_, counts)| counts).sum();
-        let names = bars.series.iter().map(|(name, _)| name.clone());
-        let section = Section::Bars {
+        let section = Section::Chart {
             title: bars.title.clone(),
             note: format!("{} in classes of {} {}", grouped(total), bars.width, bars.unit),
-            svg: if total == 0 { String::new() } else { bars.draw() },
-            legend: names.zip(COLORS.into_iter().cycle()).collect(),
+            svg: if total == 0 { String::new() } else { drawn(|area| bars.draw_on(area)) },
+            legend: legend(bars.series.iter().map(|(name, _)| name)),
         };
         self.sections.push(section);
+        self
+    }
+
+    /// Adds curves; `note` stands above them. Without two points there is nothing to draw.
+    #[must_use]
+    pub fn lines(mut self, lines: Lines, note: impl Into<String>) -> ReportPage {
+        let points = lines.series.iter().map(|(_, points)| points.len()).max().unwrap_or(0);
+        let section = Section::Chart {
+            title: lines.title.clone(),
+            note: note.into(),
+            svg: if points < 2 { String::new() } else { drawn(|area| lines.draw_on(area)) },
+            legend: legend(lines.series.iter().map(|(name, _)| name)),
+        };
+        self.sections.push(section);
+        self
+    }
+
+    /// Adds a ranking.
+    #[must_use]
+    pub fn ranking(mut self, ranking: Ranking) -> ReportPage {
+        self.sections.push(ranking.section());
         self
     }
 
@@ -260,17 +311,7 @@ impl Bars {
         self
     }
 
-    fn draw(&self) -> String {
-        let mut svg = String::new();
-        let drawn = self.draw_on(SVGBackend::with_string(&mut svg, CHART).into_drawing_area());
-        drawn.expect("drawing into memory does not fail");
-        svg
-    }
-
-    fn draw_on(
-        &self,
-        area: DrawingArea<SVGBackend<'_>, plotters::coord::Shift>,
-    ) -> std::result::Result<(), DrawingAreaErrorKind<std::io::Error>> {
+    fn draw_on(&self, area: Area<'_>) -> Drawn {
         let classes = self.series.iter().map(|(_, counts)| counts.len()).max().unwrap_or(0);
         let mut heights = vec![0_u64; classes];
         for (_, counts) in &self.series {
@@ -296,6 +337,94 @@ impl Bars {
             chart.draw_series(bars)?;
         }
         area.present()
+    }
+}
+
+type Area<'s> = DrawingArea<SVGBackend<'s>, plotters::coord::Shift>;
+type Drawn = std::result::Result<(), DrawingAreaErrorKind<std::io::Error>>;
+
+fn drawn(draw: impl FnOnce(Area<'_>) -> Drawn) -> String {
+    let mut svg = String::new();
+    draw(SVGBackend::with_string(&mut svg, CHART).into_drawing_area())
+        .expect("drawing into memory does not fail");
+    svg
+}
+
+fn legend<'n>(names: impl Iterator<Item = &'n String>) -> Vec<(String, &'static str)> {
+    names.cloned().zip(COLORS.into_iter().cycle()).collect()
+}
+
+impl Lines {
+    /// Curves over `x`; what they show is `y`.
+    pub fn new(title: impl Into<String>, x: impl Into<String>, y: impl Into<String>) -> Lines {
+        Lines { title: title.into(), x: x.into(), y: y.into(), series: Vec::new() }
+    }
+
+    /// The same with one more curve.
+    #[must_use]
+    pub fn series(mut self, name: impl Into<String>, points: Vec<(f64, f64)>) -> Lines {
+        self.series.push((name.into(), points));
+        self
+    }
+
+    fn draw_on(&self, area: Area<'_>) -> Drawn {
+        let points = || self.series.iter().flat_map(|(_, points)| points);
+        let largest = |value: fn(&(f64, f64)) -> f64| points().map(value).fold(0.0, f64::max);
+        let right = largest(|point| point.0).max(f64::MIN_POSITIVE);
+        let top = largest(|point| point.1).max(f64::MIN_POSITIVE) * 1.05;
+        let mut chart = ChartBuilder::on(&area)
+            .margin(10)
+            .x_label_area_size(40)
+            .y_label_area_size(60)
+            .build_cartesian_2d(0.0..right, 0.0..top)?;
+        let mut mesh = chart.configure_mesh();
+        mesh.disable_x_mesh().max_light_lines(0).x_desc(&self.x).y_desc(&self.y).draw()?;
+        for ((_, points), color) in self.series.iter().zip(COLORS.into_iter().cycle()) {
+            let style = color_of(color).stroke_width(2);
+            chart.draw_series([PathElement::new(points.clone(), style)])?;
+        }
+        area.present()
+    }
+}
+
+impl Ranking {
+    /// A ranking without rows, whose bars have one part for each series.
+    pub fn new<N: Into<String>>(
+        title: impl Into<String>,
+        note: impl Into<String>,
+        series: impl IntoIterator<Item = N>,
+    ) -> Ranking {
+        let series = series.into_iter().map(Into::into).collect();
+        Ranking { title: title.into(), note: note.into(), series, rows: Vec::new() }
+    }
+
+    /// The same with one more row: its counts by series, and what is told before its bar.
+    #[must_use]
+    pub fn row(
+        mut self,
+        name: impl Into<String>,
+        counts: Vec<u64>,
+        remark: impl Into<String>,
+    ) -> Ranking {
+        self.rows.push((name.into(), counts, remark.into()));
+        self
+    }
+
+    fn section(self) -> Section {
+        let longest = self.rows.iter().map(|(_, counts, _)| counts.iter().sum::<u64>()).max();
+        let longest = longest.unwrap_or(0).max(1);
+        let rows = self.rows.into_iter().map(|(name, counts, remark)| {
+            let percent = |count: u64| format!("{:.2}", count as f64 * 100.0 / longest as f64);
+            let total = grouped(counts.iter().sum());
+            let parts = counts.into_iter().map(percent).zip(COLORS.into_iter().cycle()).collect();
+            Ranked { name, total, remark, parts }
+        });
+        Section::Ranking {
+            title: self.title,
+            note: self.note,
+            rows: rows.collect(),
+            legend: legend(self.series.iter()),
+        }
     }
 }
 
@@ -371,6 +500,8 @@ mod tests {
             .facts(evil, [(evil, evil)])
             .table(Table::new(evil, [evil, evil]).note(evil).row(cells()).sum(cells()))
             .bars(Bars::new(evil, evil, 1).series(evil, vec![1]))
+            .lines(Lines::new(evil, evil, evil).series(evil, vec![(0.0, 1.0), (2.0, 3.0)]), evil)
+            .ranking(Ranking::new(evil, evil, [evil]).row(evil, vec![1], evil))
             .excerpts(excerpts)
             .render()
             .unwrap();
@@ -420,6 +551,20 @@ mod tests {
         };
         assert_eq!(shown("1 / 1 why? ", "why?"), "<del>1 &#x2f; 1 </del>why?<del> </del>");
         assert_eq!(shown("a", "b"), "a");
+    }
+
+    #[test]
+    fn a_ranking_has_bars_as_long_as_their_counts() {
+        let ranking = Ranking::new("r", "n", ["a", "b"]).row("first", vec![3, 1], "").row(
+            "second",
+            vec![0, 2],
+            "half",
+        );
+        let html = ReportPage::new("t").ranking(ranking).render().unwrap();
+        for width in ["75.00%", "25.00%", "50.00%"] {
+            assert!(html.contains(&format!("width: {width}")), "{width} in {html}");
+        }
+        assert!(html.contains("half") && html.contains(">4<"));
     }
 
     #[test]

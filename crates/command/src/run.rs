@@ -42,7 +42,10 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
         .find_map(|cause| match cause.downcast_ref::<Error>()? {
             Error::Usage { .. } | Error::Config { .. } | Error::ReadConfig { .. } => Some(USAGE),
             Error::Stopped { .. } => Some(STOPPED),
-            Error::PrintConfig { .. } | Error::Signals { .. } | Error::Page { .. } => None,
+            Error::PrintConfig { .. }
+            | Error::Signals { .. }
+            | Error::Requeue { .. }
+            | Error::Page { .. } => None,
         })
         .unwrap_or(FAILURE)
 }

@@ -87,6 +87,20 @@ pub struct Holder {
     pub token: String,
 }
 
+impl Holder {
+    fn this_process(options: &LockOptions, token: String) -> Holder {
+        let process = Process::current();
+        Holder {
+            host: Process::host(),
+            pid: process.pid,
+            started: process.started,
+            job_id: options.job_id.clone(),
+            restart_count: options.restart_count,
+            token,
+        }
+    }
+}
+
 impl fmt::Display for Holder {
     fn fmt(&self, text: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(text, "host {}, pid {}", self.host, self.pid)?;
@@ -106,6 +120,25 @@ impl Lock {
     pub fn acquire(output: impl AsRef<Path>, options: &LockOptions) -> Result<Lock> {
         let claim = Claim::prepare(&resolved(output.as_ref())?, options)?;
         claim.acquire(options.break_lock)?.touched_every(TOUCH_EVERY)
+    }
+
+    /// Who has claimed an output and may still live; nothing is changed. The age of another host's
+    /// claim is told by this host's clock.
+    ///
+    /// # Errors
+    /// [`Error::BadLock`] where the lock file is unreadable, [`Error::Read`].
+    pub fn live_holder(output: impl AsRef<Path>, options: &LockOptions) -> Result<Option<Holder>> {
+        let path = lock_path(output.as_ref());
+        let Some(holder) = read_holder(&path)? else { return Ok(None) };
+        let touched = match fs::metadata(&path).and_then(|metadata| metadata.modified()) {
+            Ok(touched) => touched,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::read(&path)(error)),
+        };
+        let asking = Holder::this_process(options, String::new());
+        let untouched = touched.elapsed().unwrap_or_default();
+        let lives = verdict(&holder, &asking, untouched, slurm_has_no_job) != Verdict::Dead;
+        Ok(lives.then_some(holder))
     }
 
     /// The lock file.
@@ -182,15 +215,7 @@ impl Claim {
             .tempfile_in(folder)
             .map_err(Error::write(&lock))?;
         let token = file.path().file_name().map(|name| name.to_string_lossy().into_owned());
-        let process = Process::current();
-        let holder = Holder {
-            host: Process::host(),
-            pid: process.pid,
-            started: process.started,
-            job_id: options.job_id.clone(),
-            restart_count: options.restart_count,
-            token: token.unwrap_or_default(),
-        };
+        let holder = Holder::this_process(options, token.unwrap_or_default());
         let bytes = serde_json::to_vec(&holder)
             .map_err(|source| Error::Encode { path: lock.clone(), source })?;
         file.write_all(&bytes).map_err(Error::write(&lock))?;
@@ -395,6 +420,23 @@ mod tests {
         acquire(&output).unwrap_err();
         age(&output, 400);
         acquire(&output).unwrap();
+    }
+
+    #[test]
+    fn who_holds_an_output_can_be_asked_without_taking_it() {
+        let (folder, output) = folder_and_output();
+        let ask = || Lock::live_holder(&output, &LockOptions::default()).unwrap();
+        assert_eq!(ask(), None);
+        let lock = acquire(&output).unwrap();
+        assert_eq!(ask(), Some(lock.holder.clone()));
+        drop(lock);
+        leave(&output, &Holder { host: Process::host(), pid: i32::MAX - 1, ..foreign(None) });
+        assert_eq!(ask(), None);
+        leave(&output, &foreign(None));
+        assert_eq!(ask(), Some(foreign(None)));
+        age(&output, 400);
+        assert_eq!(ask(), None);
+        assert_eq!(entries(folder.path()), 1);
     }
 
     #[test]

@@ -120,6 +120,14 @@ impl<'a> WorkQueue<'a> {
         }
     }
 
+    /// Gives out no more rows, where this rank is the one that does: the job is to stop, and groups
+    /// that have not heard of it are to come to an end.
+    pub fn close(&mut self) {
+        if let Role::Server(server) = &mut self.role {
+            server.left = 0..0;
+        }
+    }
+
     /// To be called by every rank when its group takes no more rows. Rank 0 goes on answering until
     /// every group knows that nothing is left; the others do not wait for anybody but rank 0.
     /// Rows that a group has asked for ahead and not taken are lost to this queue.
@@ -271,6 +279,15 @@ mod tests {
         assert!(blocks.is_sorted_by(|one, next| one >= next), "{blocks:?}");
         let last = blocks.iter().rposition(|block| *block > 0).unwrap();
         assert_eq!(blocks[last], 1);
+    }
+
+    #[test]
+    fn a_closed_queue_is_empty() {
+        let mut queue = WorkQueue::new(&crate::SingleProcess, &crate::SingleProcess, 10).unwrap();
+        assert_eq!(queue.take(4).unwrap(), 0..4);
+        queue.close();
+        assert!(queue.take(4).unwrap().is_empty());
+        queue.finish().unwrap();
     }
 
     #[test]

@@ -66,6 +66,20 @@ impl Error {
         matches!(self, Error::Row { .. } | Error::File(dromedary_files::Error::Row { .. }))
     }
 
+    /// What is wrong with a bad row and which one it is, without the name of the file.
+    pub fn bad_row(&self) -> String {
+        match self {
+            Error::Row { row, message, .. } => format!("row {row}: {message}"),
+            Error::File(dromedary_files::Error::Row { line, message, .. }) => {
+                format!("line {line}: {message}")
+            }
+            Error::SameId { id, first, second, .. } => {
+                format!("rows {first} and {second} have the same id {id:?}")
+            }
+            error => error.to_string(),
+        }
+    }
+
     /// Writers of files give their own error through `io::Write`; it names the path already.
     pub(crate) fn write(path: &Path) -> impl FnOnce(io::Error) -> Error {
         move |error| match error.downcast::<dromedary_files::Error>() {

@@ -46,7 +46,7 @@ mod write;
 
 pub use error::{Error, Result};
 pub use ids::{RowIds, row_id};
-pub use prompts::{Prompts, read_prompts};
+pub use prompts::{BadPrompt, FoundPrompt, Prompts, read_prompts};
 pub use read::{RawRow, RawRows, ReadProgress, Rows, read_raw_rows, read_rows};
 pub use rows::{AlignedResponse, FinishReason, Prompt, TrainingRow, UNKNOWN_SOURCE};
 pub use write::{EncodedRows, RowEncoder, RowWriter};

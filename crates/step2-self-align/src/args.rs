@@ -6,12 +6,16 @@ use dromedary_command::{Error as CommandError, boolean, required};
 use dromedary_llama::cli::SamplingArgs;
 use serde::{Deserialize, Serialize};
 
+use crate::Form;
 use crate::filter::Compat;
 use crate::generate::GenerateConfig;
 use crate::merge::{IdentityLimit, IdentityWord, MergeConfig};
+use crate::plan::PlanConfig;
+use crate::report_page::default_path;
 
 /// Tables that a configuration file of this step may have.
-pub const SUBCOMMANDS: [&str; 3] = ["generate", "merge-and-filter", "render"];
+pub const SUBCOMMANDS: [&str; 6] =
+    ["generate", "merge-and-filter", "render", "check", "plan", "status"];
 
 /// Answer prompts behind the principles, one line of JSON per prompt.
 ///
@@ -32,19 +36,32 @@ pub struct GenerateArgs {
     /// Rows (JSONL); with several groups, or a name in .json, `_{G}shards_{R}` is added.
     #[arg(long, value_name = "FILE")]
     pub output_file: Option<PathBuf>,
+    /// What the model is asked with: `self-align` (principles, then thoughts and answer) or `verbose`
+    /// (a prompt that asks a trained model for long answers) [default: self-align].
+    #[arg(long, value_enum)]
+    pub template: Option<Form>,
     /// Principles (.toml), or the text of the prompt itself, which must end in `User:`
-    /// [default: the built-in principles].
+    /// [default: the built-in one of the template].
     #[arg(long, value_name = "FILE")]
     pub meta_prompt_file: Option<PathBuf>,
     /// Use the first prompts of the file only.
     #[arg(long, value_name = "PROMPTS")]
     pub limit: Option<usize>,
-    /// This group: it answers prompts R, R + G, R + 2G, ... [default: 0].
+    /// This group: it answers those of the prompts R, R + G, R + 2G, ... that have no row yet in any
+    /// file of the output's folder and name, whatever G wrote it [default: 0].
     #[arg(long, value_name = "R")]
     pub group_rank: Option<usize>,
     /// Number of groups G that share the input file [default: 1].
     #[arg(long, value_name = "G")]
     pub group_size: Option<usize>,
+    /// Processes of mpirun or srun that hold one model together; with more processes there are
+    /// several models, which take prompts from one queue [default: all processes].
+    #[arg(long, value_name = "COUNT")]
+    pub tp: Option<usize>,
+    /// Share of the input's rows that may be no prompts (a field of another type, an id that was there
+    /// before); each gets a row with the reason [default: 0.5].
+    #[arg(long, value_name = "SHARE")]
+    pub max_bad_rows: Option<f64>,
 
     /// Tokens that a row may have behind the shared prefix: user's text and answer [default: 768].
     #[arg(long, value_name = "TOKENS")]
@@ -116,10 +133,13 @@ impl TryFrom<GenerateArgs> for GenerateConfig {
             checkpoint,
             input_file: required(args.input_file, "input-file")?,
             output_file: required(args.output_file, "output-file")?,
+            template: args.template.unwrap_or_default(),
             meta_prompt_file: args.meta_prompt_file,
             limit: args.limit,
             group_rank: args.group_rank.unwrap_or(0),
             group_size: args.group_size.unwrap_or(1),
+            tp: args.tp,
+            max_bad_rows: args.max_bad_rows.unwrap_or(0.5),
             max_seq_len: args.max_seq_len.unwrap_or(768),
             max_shared_seq_len: args.max_shared_seq_len.unwrap_or(2816),
             max_gen_len: args.max_gen_len.unwrap_or(512),
@@ -163,11 +183,19 @@ pub struct MergeArgs {
     /// Counts by rule and source (JSON) [default: merge_report.json beside the output].
     #[arg(long, value_name = "FILE")]
     pub report_file: Option<PathBuf>,
+    /// What was kept and dropped, with samples, the principles that the thoughts cite, lengths and
+    /// speed, as a page for people (HTML) [default: report.html beside the output].
+    #[arg(long, value_name = "FILE")]
+    pub page_file: Option<PathBuf>,
     /// Identity rows to add at most: a number, `survivors` (as many as rows passed the filter) or
     /// `all` [default: all].
     #[arg(long, value_name = "N|survivors|all")]
     pub max_identity_rows: Option<IdentityLimit>,
-    /// The meta prompt that the rows were generated behind [default: the built-in principles].
+    /// What the model is asked with: `self-align` (principles, then thoughts and answer) or `verbose`
+    /// (a prompt that asks a trained model for long answers) [default: self-align].
+    #[arg(long, value_enum)]
+    pub template: Option<Form>,
+    /// The meta prompt that the rows were generated behind [default: the built-in one of the template].
     #[arg(long, value_name = "FILE")]
     pub meta_prompt_file: Option<PathBuf>,
     /// Whose rules to follow instead of the corrected ones.
@@ -187,6 +215,12 @@ impl TryFrom<MergeArgs> for MergeConfig {
 
     fn try_from(args: MergeArgs) -> Result<Self, CommandError> {
         let output_file = required(args.output_file, "output-file")?;
+        let template = args.template.unwrap_or_default();
+        if args.compat.is_some() && template != Form::SelfAlign {
+            return Err(CommandError::usage(
+                "--compat dromedary is about rows of --template self-align, not of verbose ones",
+            ));
+        }
         Ok(Self {
             data_file_pattern: required(args.data_file_pattern, "data-file-pattern")?,
             dummy_data_file: args.dummy_data_file,
@@ -196,10 +230,12 @@ impl TryFrom<MergeArgs> for MergeConfig {
             report_file: args
                 .report_file
                 .unwrap_or_else(|| output_file.with_file_name("merge_report.json")),
+            page_file: args.page_file.unwrap_or_else(|| default_path(&output_file)),
             output_file,
             max_identity_rows: args
                 .max_identity_rows
                 .unwrap_or(IdentityLimit::Word(IdentityWord::All)),
+            template,
             meta_prompt_file: args.meta_prompt_file,
             compat: args.compat,
             allow_unfinished: args.allow_unfinished.unwrap_or(false),
@@ -212,10 +248,135 @@ impl TryFrom<MergeArgs> for MergeConfig {
 #[derive(Clone, Debug, Default, clap::Args, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RenderArgs {
-    /// Principles (.toml), or a text [default: the built-in principles].
+    /// What the model is asked with: `self-align` (principles, then thoughts and answer) or `verbose`
+    /// (a prompt that asks a trained model for long answers) [default: self-align].
+    #[arg(long, value_enum)]
+    pub template: Option<Form>,
+    /// Principles (.toml), or a text [default: the built-in one of the template].
     #[arg(long, value_name = "FILE")]
     pub meta_prompt_file: Option<PathBuf>,
     /// Count the prompt's tokens with this tokenizer, too (to stderr).
     #[arg(long, alias = "tokenizer-path", alias = "tokenizer-name", value_name = "PATH")]
     pub tokenizer: Option<PathBuf>,
+}
+
+/// Look for what makes principles fail: too many tokens, exemplars that break the form, rules that no
+/// exemplar cites, phrases that the black list lacks.
+///
+/// Findings that make generation useless are errors, and the exit code is 1.
+#[derive(Clone, Debug, Default, clap::Args, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CheckArgs {
+    /// Principles (.toml), or a text [default: the built-in principles].
+    #[arg(long, value_name = "FILE")]
+    pub meta_prompt_file: Option<PathBuf>,
+    /// Count tokens with this tokenizer [default: the checkpoint's; without either none are counted].
+    #[arg(long, alias = "tokenizer-path", alias = "tokenizer-name", value_name = "PATH")]
+    pub tokenizer: Option<PathBuf>,
+    /// Model, whose context prefix and row must fit.
+    #[arg(long, alias = "ckpt-dir", alias = "model-name-or-path", value_name = "DIR")]
+    pub checkpoint: Option<PathBuf>,
+    /// Tokens that the shared prefix may have [default: 2816].
+    #[arg(long, value_name = "TOKENS")]
+    pub max_shared_seq_len: Option<usize>,
+    /// Tokens that a row may have behind it [default: 768].
+    #[arg(long, value_name = "TOKENS")]
+    pub max_seq_len: Option<usize>,
+    /// Print JSON [default: false].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
+    pub json: Option<bool>,
+}
+
+/// Settings of `check`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct CheckConfig {
+    /// Principles or text; the built-in principles where absent.
+    pub meta_prompt_file: Option<PathBuf>,
+    /// Counts tokens.
+    pub tokenizer: Option<PathBuf>,
+    /// Gives the context.
+    pub checkpoint: Option<PathBuf>,
+    /// Tokens of the shared prefix at most.
+    pub max_shared_seq_len: usize,
+    /// Tokens of a row behind it.
+    pub max_seq_len: usize,
+    /// Whether JSON is printed.
+    pub json: bool,
+}
+
+impl From<CheckArgs> for CheckConfig {
+    fn from(args: CheckArgs) -> Self {
+        Self {
+            meta_prompt_file: args.meta_prompt_file,
+            tokenizer: args.tokenizer.or_else(|| args.checkpoint.clone()),
+            checkpoint: args.checkpoint,
+            max_shared_seq_len: args.max_shared_seq_len.unwrap_or(2816),
+            max_seq_len: args.max_seq_len.unwrap_or(768),
+            json: args.json.unwrap_or(false),
+        }
+    }
+}
+
+/// Show what a generation will take before it runs: rows of each group, tokens, memory of each rank,
+/// hours.
+///
+/// It takes the flags of `generate`, and reads the prompts and the model's configuration. Hours need a
+/// rate: stated, or measured by an earlier run on the same machine.
+#[derive(Clone, Debug, Default, clap::Args, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    #[serde(flatten)]
+    #[allow(missing_docs, reason = "its doc comment would become the subcommand's")]
+    pub generate: GenerateArgs,
+    /// Processes of each job [default: 1].
+    #[arg(long, value_name = "COUNT")]
+    pub ranks: Option<usize>,
+    /// Output tokens a second of one group, as you expect them [default: those of --measured].
+    #[arg(long, value_name = "RATE")]
+    pub tokens_per_second: Option<f64>,
+    /// Tokens of an answer on average [default: those of --measured, else half of --max-gen-len].
+    #[arg(long, value_name = "TOKENS")]
+    pub output_tokens: Option<f64>,
+    /// metrics.jsonl of an earlier run of one group.
+    #[arg(long, value_name = "FILE")]
+    pub measured: Option<PathBuf>,
+}
+
+impl TryFrom<PlanArgs> for PlanConfig {
+    type Error = CommandError;
+
+    fn try_from(args: PlanArgs) -> Result<Self, CommandError> {
+        let PlanArgs { mut generate, ranks, tokens_per_second, output_tokens, measured } = args;
+        for (flag, value) in
+            [("tokens-per-second", tokens_per_second), ("output-tokens", output_tokens)]
+        {
+            if value.is_some_and(|value| value.is_nan() || value <= 0.0) {
+                return Err(CommandError::usage(format!("--{flag} must be above 0")));
+            }
+        }
+        // Nothing is written.
+        generate.output_file.get_or_insert_default();
+        let ranks = ranks.unwrap_or(1);
+        Ok(Self {
+            generate: generate.try_into()?,
+            ranks,
+            tokens_per_second,
+            output_tokens,
+            measured,
+        })
+    }
+}
+
+/// Show how far the generations in a folder are, from any machine that sees it.
+#[derive(Clone, Debug, Default, clap::Args, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StatusArgs {
+    /// Folder of the output files [default: the present one].
+    #[arg(value_name = "DIR")]
+    pub folder: Option<PathBuf>,
+    /// Print JSON [default: false].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
+    pub json: Option<bool>,
 }

@@ -1,6 +1,6 @@
 use std::path::PathBuf;
 
-use crate::filter::Report;
+use crate::report::Report;
 
 /// What can go wrong in this step.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +69,47 @@ pub enum Error {
         path: PathBuf,
         /// The settings that differ, with both values.
         difference: String,
+    },
+    /// Another job, which shares the prompts among another number of groups, is writing rows of the
+    /// same generation: both would answer the same prompts.
+    #[error(
+        "{}: a run whose prompts are shared among {theirs} groups is writing it ({holder}), this one \
+         shares them among {ours}; wait for its end",
+        path.display()
+    )]
+    OtherGroups {
+        /// The other job's file.
+        path: PathBuf,
+        /// Who writes it.
+        holder: Box<dromedary_files::Holder>,
+        /// Its `group_size`.
+        theirs: usize,
+        /// Ours.
+        ours: usize,
+    },
+    /// More rows of the input file are no prompts than may be.
+    #[error(
+        "{}: {bad} of {rows} rows are no prompts, --max-bad-rows allows a share of {limit}; the \
+         first is {first}",
+        path.display()
+    )]
+    BadRows {
+        /// The input file.
+        path: PathBuf,
+        /// How many are none.
+        bad: usize,
+        /// Rows of the file.
+        rows: usize,
+        /// The limit.
+        limit: f64,
+        /// Which one is the first, and what is wrong with it.
+        first: String,
+    },
+    /// A file that is to tell the speed of a run has no finished row.
+    #[error("{}: tells no speed, it has no finished rows", path.display())]
+    NoMetrics {
+        /// The file.
+        path: PathBuf,
     },
     /// No file matches the pattern of the merge.
     #[error("no file matches {pattern:?}")]

@@ -1,14 +1,14 @@
 //! Which rows are fit to be trained on, and why the others are not.
 
-use std::collections::BTreeMap;
 use std::fmt;
 
 use dromedary_records::{AlignedResponse, FinishReason};
 use serde::{Deserialize, Serialize};
 
+use crate::citations::citations;
 use crate::compat;
 use crate::text::{self, Ngrams};
-use crate::{MetaPrompt, Principles};
+use crate::{Form, MetaPrompt, Principles};
 
 /// Behind a complete answer in a training row: the next turn of the user begins.
 pub(crate) const END_OF_ANSWER: &str = "\n\n### User\n";
@@ -30,6 +30,9 @@ const LOOP_AT_LEAST: usize = 8;
 const LEAK_NGRAM: usize = 5;
 const LEAK_SHARE: f64 = 0.1;
 
+/// A shorter answer shows nobody how to be thorough.
+const VERBOSE_WORDS: usize = 40;
+
 /// Why a row is dropped. Rules are asked in this order, and the first that fails is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -49,7 +52,8 @@ pub enum Rule {
     Loop,
     /// Generation ended by length, in the middle of the answer.
     Truncated,
-    /// The answer is shorter than 160 characters (`--compat dromedary` only).
+    /// The answer is too short: below 40 words where verbose answers are asked for, below 160
+    /// characters with `--compat dromedary`; else no answer is.
     Short,
     /// The answer is the prompt, or holds little else.
     Echo,
@@ -76,6 +80,17 @@ impl Rule {
         Rule::Thoughts,
         Rule::Leakage,
         Rule::BlackList,
+    ];
+
+    /// The rules about an answer that is to be long, in the order in which they are asked.
+    pub const VERBOSE: [Rule; 7] = [
+        Rule::Empty,
+        Rule::Loop,
+        Rule::Truncated,
+        Rule::Short,
+        Rule::Echo,
+        Rule::TurnMark,
+        Rule::Leakage,
     ];
 
     /// Its name in files and reports.
@@ -137,6 +152,7 @@ pub struct Kept {
 #[derive(Clone, Debug)]
 pub struct Filter {
     compat: Option<Compat>,
+    form: Form,
     principles: Principles,
     meta_prompt: Ngrams,
 }
@@ -150,6 +166,7 @@ impl Filter {
     pub fn new(compat: Option<Compat>, meta_prompt: &MetaPrompt) -> Self {
         Self {
             compat,
+            form: meta_prompt.form,
             principles: meta_prompt.principles.clone(),
             meta_prompt: Ngrams::of(&meta_prompt.text, LEAK_NGRAM),
         }
@@ -167,8 +184,12 @@ impl Filter {
     }
 
     fn judge_corrected(&self, row: &AlignedResponse) -> Verdict {
-        let candidate = Candidate::new(row, &self.principles);
-        if let Some(&rule) = Rule::CORRECTED.iter().find(|&&rule| self.fails(rule, &candidate)) {
+        let candidate = Candidate::new(row, self.form, &self.principles);
+        let rules = match self.form {
+            Form::SelfAlign => Rule::CORRECTED.as_slice(),
+            Form::Verbose => &Rule::VERBOSE,
+        };
+        if let Some(&rule) = rules.iter().find(|&&rule| self.fails(rule, &candidate)) {
             return Verdict::Dropped(rule);
         }
         Verdict::Kept(Kept {
@@ -196,8 +217,9 @@ impl Filter {
                 self.meta_prompt.share_of(&candidate.words, &own) > LEAK_SHARE
             }
             Rule::BlackList => self.black_listed(candidate),
-            // Not asked of an answer, or the original's alone.
-            Rule::NotGenerated | Rule::SameId | Rule::Short => false,
+            Rule::Short => candidate.words.len() < VERBOSE_WORDS,
+            // Not asked of an answer.
+            Rule::NotGenerated | Rule::SameId => false,
         }
     }
 
@@ -208,12 +230,7 @@ impl Filter {
     /// A model that cites rules often gets their numbers wrong, so that any number counts.
     fn holds_thoughts(&self, answer: &str) -> bool {
         let Principles { affirmation, rules, .. } = &self.principles;
-        answer.contains(affirmation.as_str())
-            || rules.iter().any(|rule| {
-                let name = format!(" ({})", rule.name);
-                let mut cited = answer.match_indices(&name);
-                cited.any(|(at, _)| answer[..at].ends_with(|before: char| before.is_ascii_digit()))
-            })
+        answer.contains(affirmation.as_str()) || !citations(answer, rules).is_empty()
     }
 
     /// A word that the user wrote may be answered with.
@@ -253,16 +270,28 @@ struct Candidate<'a> {
     words: Vec<String>,
 }
 
+/// Thoughts and answer of an output, with all that was written behind the answer.
+pub(crate) fn parts<'o>(
+    output: &'o str,
+    form: Form,
+    principles: &Principles,
+) -> (&'o str, Option<&'o str>) {
+    let mark = format!("\n\n{}", principles.cues.answer);
+    match (form, output.split_once(&mark)) {
+        (Form::Verbose, _) => ("", Some(output)),
+        (Form::SelfAlign, Some((thoughts, answer))) => (thoughts, Some(answer)),
+        (Form::SelfAlign, None) => (output, None),
+    }
+}
+
 impl<'a> Candidate<'a> {
     /// The answer ends where a paragraph opens the next turn, be it the user's or, with small models,
     /// another one of the assistant's own: what comes before is whole.
-    fn new(row: &'a AlignedResponse, principles: &Principles) -> Self {
+    fn new(row: &'a AlignedResponse, form: Form, principles: &Principles) -> Self {
         let output = row.output.trim_start();
-        let mark = format!("\n\n{}", principles.cues.answer);
-        let (answered, rest) = match output.split_once(&mark) {
-            Some((_, rest)) => (true, rest),
-            None => (false, ""),
-        };
+        // The marks of turns count the line breaks before them.
+        let (_, answer) = parts(&row.output, form, principles);
+        let (answered, rest) = (answer.is_some(), answer.unwrap_or_default());
         let next_turns = principles.turn_cues().map(|cue| format!("\n\n{cue}"));
         let stops = principles.stop_strings.iter().chain(&next_turns);
         let end = stops.filter_map(|stop| rest.find(stop.as_str())).min();
@@ -286,60 +315,5 @@ impl<'a> Candidate<'a> {
                 && own as f64 > ECHO_SHARE * length as f64
                 && self.answer.contains(text)
         })
-    }
-}
-
-/// How many rows came in, were kept, and were dropped by which rule.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Report {
-    /// Rows in all files.
-    pub rows: u64,
-    /// Rows that passed the filter.
-    pub kept: u64,
-    /// Dropped rows by rule.
-    pub dropped: BTreeMap<Rule, u64>,
-    /// Kept and dropped rows by the source of their prompt.
-    pub sources: BTreeMap<String, SourceReport>,
-    /// Identity rows that were added.
-    pub identity: u64,
-}
-
-/// The part of a [`Report`] that one source has.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SourceReport {
-    /// Rows that passed the filter.
-    pub kept: u64,
-    /// Rows that did not.
-    pub dropped: u64,
-}
-
-impl Report {
-    pub(crate) fn count(&mut self, source: &str, dropped: Option<Rule>) {
-        self.rows += 1;
-        let of_source = self.sources.entry(source.to_owned()).or_default();
-        match dropped {
-            None => {
-                self.kept += 1;
-                of_source.kept += 1;
-            }
-            Some(rule) => {
-                *self.dropped.entry(rule).or_default() += 1;
-                of_source.dropped += 1;
-            }
-        }
-    }
-}
-
-impl fmt::Display for Report {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "kept {} of {} rows", self.kept, self.rows)?;
-        for (index, (rule, count)) in self.dropped.iter().enumerate() {
-            let before = if index == 0 { "; dropped " } else { ", " };
-            write!(formatter, "{before}{rule} {count}")?;
-        }
-        if self.identity > 0 {
-            write!(formatter, "; added {} identity rows", self.identity)?;
-        }
-        Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! Answers prompts behind the principles and appends them to a file as they finish.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -9,16 +10,21 @@ use dromedary_llama::generation::{Engine, EngineConfig, PrefixCache, PrefixUse, 
 use dromedary_llama::{
     Checkpoint, Llama, LoadOptions, check_tokenizer, eos_token_ids, select_kind,
 };
-use dromedary_parallel::{Communicator, check_agreements, select_device};
-use dromedary_records::{Prompt, read_prompts};
+use dromedary_parallel::{
+    Communicator, Error as ParallelError, ParallelDims, WorkQueue, check_agreements, select_device,
+};
 use dromedary_tokenizer::Tokenizer;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::Value;
+use tch::Tensor;
 
+use crate::live::{Live, Pulse};
+use crate::metrics::Follower;
 use crate::output::{Fixed, Output, Settings};
-use crate::rows::Rows;
-use crate::shards::shard_path;
-use crate::{Error, MetaPrompt, Result, Template};
+use crate::rows::{RowCounts, Rows, Source};
+use crate::shards::metrics_path;
+use crate::work::{Place, Task, Work};
+use crate::{Error, Form, MetaPrompt, Result, Template};
 
 /// Settings of [`generate`].
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -30,16 +36,23 @@ pub struct GenerateConfig {
     pub tokenizer: PathBuf,
     /// Prompts.
     pub input_file: PathBuf,
-    /// Rows; see [`shard_path`] for the name of a group's file.
+    /// Rows; see [`shard_path`](crate::shard_path) for the name of a group's file.
     pub output_file: PathBuf,
-    /// Principles or text of the prompt; the built-in principles where absent.
+    /// What the model is asked with.
+    pub template: Form,
+    /// Principles or text of the prompt; the built-in one of the template where absent.
     pub meta_prompt_file: Option<PathBuf>,
     /// Use the first prompts of the input only.
     pub limit: Option<usize>,
-    /// This group.
+    /// This job's part of the input.
     pub group_rank: usize,
-    /// Groups that share the input.
+    /// Jobs that share the input.
     pub group_size: usize,
+    /// Ranks that hold one model together; all of them where absent. More ranks are more groups.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tp: Option<usize>,
+    /// Share of the input's rows that may be no prompts.
+    pub max_bad_rows: f64,
     /// Tokens of a row behind the shared prefix.
     pub max_seq_len: usize,
     /// Tokens of the shared prefix at most.
@@ -91,10 +104,14 @@ impl GenerateConfig {
             ("max-gen-len", max_gen_len),
             ("limit", self.limit.unwrap_or(1)),
             ("threads", self.threads.unwrap_or(1)),
+            ("tp", self.tp.unwrap_or(1)),
         ] {
             if value == 0 {
                 return usage(format!("--{flag} is 0, it must be at least 1"));
             }
+        }
+        if !(0.0..=1.0).contains(&self.max_bad_rows) {
+            return usage(format!("--max-bad-rows {} is no share from 0 to 1", self.max_bad_rows));
         }
         if max_gen_len >= max_seq_len {
             return usage(format!(
@@ -118,15 +135,17 @@ impl GenerateConfig {
     }
 }
 
-/// What a run of [`generate`] did.
+/// What a run of [`generate`] did, on all ranks together; the same on all of them.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct GenerateReport {
-    /// The rows.
+    /// The rows of the first group; see [`shard_path`](crate::shard_path) for those of the others.
     pub output_file: PathBuf,
-    /// Prompts of this group.
+    /// Groups that shared the work.
+    pub groups: usize,
+    /// Prompts of this job.
     pub prompts: usize,
-    /// Rows that were there when the run began.
+    /// Those that had a row when the run began.
     pub done_before: usize,
     /// Rows that were answered now.
     pub answered: usize,
@@ -136,117 +155,254 @@ pub struct GenerateReport {
     pub forced: usize,
     /// A signal ended the run before the last row; the same call continues.
     pub stopped: bool,
-    /// What the engine counted; absent where nothing was left to do.
+    /// What the engine of this rank's group counted; absent where nothing was left to do.
     pub statistics: Option<Statistics>,
 }
 
-/// Answers the prompts of this group that have no row yet.
+/// Answers the prompts of this job that have no row yet in any file of the generation.
 ///
 /// Rows are appended as they finish, each a whole line; a run that ends early, by a signal or by a
-/// crash, is continued by the same call. When all are there a `.done` file with count and hash is
-/// written. Every rank of `comm` must call this: they run one model together, and rank 0 reads
-/// and writes; `local_rank` chooses a rank's device among those of its node.
+/// crash, is continued by the same call or by one with another number of groups. When all are there
+/// a `.done` file with count and hash is written beside each file. Every rank of `world` must call
+/// this: `tp` of them run one model together, and such groups take prompts from one queue. Rank 0
+/// reads, and the first rank of each group writes; `local_rank` chooses a rank's device among those of
+/// its node.
 ///
 /// # Errors
 /// What cannot be read or written by name; [`Error::PrefixTooLong`]; [`Error::OtherSettings`]
-/// where the output was begun with others. Neither a prompt that cannot be answered is an error (it
-/// gets a row that says why) nor a stop, which is the same on all ranks.
+/// where the output was begun with others; [`Error::OtherGroups`]. Neither a prompt that cannot be
+/// answered is an error (it gets a row that says why) nor a stop, which is the same on all ranks.
 pub fn generate(
     config: &GenerateConfig,
-    comm: &dyn Communicator,
+    world: &dyn Communicator,
     local_rank: usize,
     stop: &StopFlag,
     show_progress: bool,
 ) -> Result<GenerateReport> {
-    let meta_prompt = MetaPrompt::open(config.meta_prompt_file.as_deref())?;
+    let tp = config.tp.unwrap_or(world.world_size());
+    let place = Place { world, dims: ParallelDims::new(world.world_size(), tp)? };
+    let meta_prompt = MetaPrompt::open_as(config.template, config.meta_prompt_file.as_deref())?;
     let template = Template::new(&meta_prompt);
     let tokenizer = Tokenizer::open(&config.tokenizer)?;
     let prefix = template.shared_prefix(&tokenizer);
-    if prefix.len() > config.max_shared_seq_len {
-        return Err(Error::PrefixTooLong {
-            tokens: prefix.len(),
-            limit: config.max_shared_seq_len,
-        });
+    let (tokens, limit) = (prefix.len(), config.max_shared_seq_len);
+    if tokens > limit {
+        return Err(Error::PrefixTooLong { tokens, limit });
     }
     let checkpoint = Checkpoint::open(&config.checkpoint)?;
     check_tokenizer(checkpoint.config(), &tokenizer)?;
-    let stop_strings = match config.stop.as_slice() {
-        [] => meta_prompt.principles.stop_strings.clone(),
-        given => given.to_vec(),
-    };
-    let settings = Settings {
-        checkpoint: checkpoint.fingerprint()?,
-        tokenizer: tokenizer.fingerprint().to_owned(),
-        meta_prompt: blake3_of(&meta_prompt.text),
-        thoughts: meta_prompt.principles.cues.thoughts.clone(),
-        stop: stop_strings.clone(),
-        sampling: changed(&config.sampling)?,
-        force_prefix: config.force_prefix.clone(),
-        deterministic: config.deterministic.then(|| Fixed {
-            max_batch_size: config.max_batch_size,
-            threads: tch::get_num_threads(),
-            tp: comm.world_size(),
-        }),
-        max_seq_len: config.max_seq_len,
-        max_gen_len: config.max_gen_len,
-        seed: config.seed,
-    };
-    agree(config, &settings, comm)?;
-    let mut work = Work::shared(config, &settings, comm)?;
+    let settings = settings_of(config, &meta_prompt, &checkpoint, &tokenizer, tp)?;
+    agree(config, &settings, world)?;
+    let Work { prompts, left, mut output } = Work::shared(config, &settings, &place)?;
     let mut report = GenerateReport {
-        output_file: shard_path(&config.output_file, config.group_rank, config.group_size),
-        prompts: work.prompts,
-        done_before: work.prompts - work.left.len(),
+        output_file: config.shard(&place, 0),
+        groups: place.dims.dp,
+        prompts,
+        done_before: prompts - left.len(),
         answered: 0,
         rejected: 0,
         forced: 0,
         stopped: false,
         statistics: None,
     };
-    if !work.left.is_empty() {
-        tracing::info!(
-            "{} of {} prompts to answer behind a shared prefix of {} tokens -> {}",
-            work.left.len(),
-            work.prompts,
-            prefix.len(),
-            report.output_file.display()
-        );
-        let progress =
-            Progress::new(Some(work.left.len() as u64), "rows", show_progress && comm.rank() == 0);
-        let model = load(config, &checkpoint, comm, local_rank)?;
-        let engine_config = EngineConfig {
-            max_batch_size: if config.deterministic {
-                config.max_batch_size
-            } else {
-                config.max_batch_size.min(work.left.len())
-            },
-            max_kv_tokens: config.max_kv_tokens,
-            prefix_use: PrefixUse::Shared,
-            deterministic: config.deterministic,
-            max_seq_len: config.max_seq_len,
-            max_gen_len: config.max_gen_len,
-            sampling: config.sampling.sampling()?,
-            stop_strings,
-            eos_token_ids: eos_token_ids(&config.checkpoint, &tokenizer)?,
-        };
-        let mut engine = Engine::new(&model, &tokenizer, comm, engine_config)?;
-        pin(&mut engine, &prefix, config, &settings)?;
-        let mut rows = Rows::new(config, &template, &tokenizer, work.left, work.output.take());
-        let statistics = rows.run(&mut engine, stop, &progress)?;
-        progress.finish();
-        report.answered = rows.answered;
-        report.rejected = rows.rejected;
-        report.forced = rows.forced;
-        report.statistics = Some(statistics);
-        report.stopped = statistics.stopped;
-        work.output = rows.output;
+    if !left.is_empty() {
+        let path = report.output_file.display();
+        let count = left.len();
+        tracing::info!("{count} of {prompts} prompts to answer behind {tokens} tokens -> {path}");
+        let model = load(config, &checkpoint, &place, local_rank)?;
+        let run = Run { config, template, tokenizer, settings, prefix, place, model };
+        let answered = run.answer(&left, output, stop, show_progress)?;
+        output = answered.output;
+        report.add(&answered.counts, &place)?;
+        report.statistics = Some(answered.statistics);
+        report.stopped = report.done_before + report.answered + report.rejected < report.prompts;
     }
-    match work.output {
-        Some(output) if report.stopped => output.close()?,
-        Some(output) => output.finish()?,
-        None => {}
+    if let Some(output) = output.filter(|_| !report.stopped) {
+        // The prompts of all groups stand in the file of the first one.
+        output.finish(if world.rank() == 0 { prompts } else { 0 })?;
     }
     Ok(report)
+}
+
+/// All that answering takes.
+struct Run<'a> {
+    config: &'a GenerateConfig,
+    template: Template,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    prefix: Vec<u32>,
+    place: Place<'a>,
+    model: Llama,
+}
+
+/// What this rank's group did; its rows are on the disk.
+struct Answered {
+    output: Option<Output>,
+    counts: RowCounts,
+    statistics: Statistics,
+}
+
+impl Run<'_> {
+    /// Takes prompts from the queue of all groups and answers them, until none is left or the group
+    /// stops. Every rank must call this.
+    fn answer(
+        &self,
+        left: &[Task],
+        output: Option<Output>,
+        stop: &StopFlag,
+        show_progress: bool,
+    ) -> Result<Answered> {
+        let Self { config, place, .. } = self;
+        let split = match place.dims.dp {
+            1 => None,
+            _ => Some(place.dims.tp_group(place.world)?),
+        };
+        let group = split.as_deref().unwrap_or(place.world);
+        let queue = RefCell::new(WorkQueue::new(place.world, group, left.len())?);
+        let pulse = Pulse::default();
+        let source = Source {
+            config,
+            template: &self.template,
+            tokenizer: &self.tokenizer,
+            tasks: left,
+            queue: &queue,
+            pulse: &pulse,
+        };
+        let engine_config = engine_config(config, &self.settings, &self.tokenizer, left.len())?;
+        let live = live(config, place, &pulse, left.len(), &engine_config, show_progress);
+        let mut engine = Engine::new(&self.model, &self.tokenizer, group, engine_config)?;
+        pin(&mut engine, &self.prefix, config, &self.settings)?;
+        engine.on_step(|| on_step(&pulse, &queue, group, stop));
+        let mut rows = Rows::new(source, output, live);
+        let statistics = rows.run(&mut engine)?;
+        let (output, counts) = rows.end(&statistics)?;
+        drop(engine);
+        finish_queue(queue, pulse.stop.get())?;
+        Ok(Answered { output, counts, statistics })
+    }
+}
+
+/// What each step of the engine begins with, on every rank of the group at once.
+fn on_step(
+    pulse: &Pulse,
+    queue: &RefCell<WorkQueue<'_>>,
+    group: &dyn Communicator,
+    stop: &StopFlag,
+) -> dromedary_llama::Result<()> {
+    if pulse.failed.get() {
+        // The rows have the reason; the others of the group hear of it when the job ends.
+        return Err(ParallelError::Aborted { message: "a row was not written".to_owned() }.into());
+    }
+    pulse.step();
+    queue.borrow_mut().poll()?;
+    let mut wish = stop.is_set();
+    if group.world_size() > 1 {
+        // A rank that admitted a row which another one leaves out would compute something else.
+        let mut wishes = Tensor::from_slice(&[i64::from(wish)]);
+        group.all_reduce_max(&mut wishes)?;
+        wish = i64::try_from(&wishes)? > 0;
+    }
+    pulse.stop.set(wish);
+    Ok(())
+}
+
+/// Nobody gets more rows where rank 0 stops.
+fn finish_queue(queue: RefCell<WorkQueue<'_>>, stop: bool) -> Result<()> {
+    let mut queue = queue.into_inner();
+    if stop {
+        queue.close();
+    }
+    Ok(queue.finish()?)
+}
+
+impl GenerateReport {
+    /// Adds what each group did. Returns when all of them have ended; every rank must call this.
+    fn add(&mut self, own: &RowCounts, place: &Place<'_>) -> Result<()> {
+        let mut of_groups = vec![*own];
+        if place.dims.dp > 1 {
+            place.world.wait_for_all()?;
+            let own = if place.leads() { *own } else { RowCounts::default() };
+            let own = serde_json::to_vec(&own).map_err(Error::Exchange)?;
+            of_groups = place
+                .world
+                .all_gather_bytes(&own)?
+                .iter()
+                .map(|counts| serde_json::from_slice(counts).map_err(Error::Exchange))
+                .collect::<Result<_>>()?;
+        }
+        for counts in of_groups {
+            self.answered += counts.answered;
+            self.rejected += counts.rejected;
+            self.forced += counts.forced;
+        }
+        Ok(())
+    }
+}
+
+fn settings_of(
+    config: &GenerateConfig,
+    meta_prompt: &MetaPrompt,
+    checkpoint: &Checkpoint,
+    tokenizer: &Tokenizer,
+    tp: usize,
+) -> Result<Settings> {
+    let stop = match config.stop.as_slice() {
+        [] => meta_prompt.principles.stop_strings.clone(),
+        given => given.to_vec(),
+    };
+    Ok(Settings {
+        checkpoint: checkpoint.fingerprint()?,
+        tokenizer: tokenizer.fingerprint().to_owned(),
+        meta_prompt: blake3_of(&meta_prompt.text),
+        thoughts: meta_prompt.principles.cues.thoughts.clone(),
+        stop,
+        sampling: changed(&config.sampling)?,
+        force_prefix: config.force_prefix.clone(),
+        deterministic: config.deterministic.then(|| Fixed {
+            max_batch_size: config.max_batch_size,
+            threads: tch::get_num_threads(),
+            tp,
+        }),
+        max_seq_len: config.max_seq_len,
+        max_gen_len: config.max_gen_len,
+        seed: config.seed,
+    })
+}
+
+fn engine_config(
+    config: &GenerateConfig,
+    settings: &Settings,
+    tokenizer: &Tokenizer,
+    rows: usize,
+) -> Result<EngineConfig> {
+    let most = if config.deterministic { config.max_batch_size } else { rows };
+    Ok(EngineConfig {
+        max_batch_size: config.max_batch_size.min(most),
+        max_kv_tokens: config.max_kv_tokens,
+        prefix_use: PrefixUse::Shared,
+        deterministic: config.deterministic,
+        max_seq_len: config.max_seq_len,
+        max_gen_len: config.max_gen_len,
+        sampling: config.sampling.sampling()?,
+        stop_strings: settings.stop.clone(),
+        eos_token_ids: eos_token_ids(&config.checkpoint, tokenizer)?,
+    })
+}
+
+/// Rank 0 shows the rows of all groups.
+fn live<'a>(
+    config: &GenerateConfig,
+    place: &Place<'_>,
+    pulse: &'a Pulse,
+    rows: usize,
+    engine: &EngineConfig,
+    show_progress: bool,
+) -> Live<'a> {
+    let visible = show_progress && place.world.rank() == 0;
+    let progress = Progress::new(Some(rows as u64), "rows", visible);
+    let others = if visible { 1..place.dims.dp } else { 0..0 };
+    let metrics = |group| Follower::at_end(metrics_path(&config.shard(place, group)));
+    Live::new(pulse, progress, engine.max_batch_size, others.map(metrics).collect())
 }
 
 fn blake3_of(text: &str) -> String {
@@ -309,110 +465,19 @@ fn agree(config: &GenerateConfig, settings: &Settings, comm: &dyn Communicator) 
     Ok(check_agreements(comm, &values)?)
 }
 
-/// What is left to do, the same on all ranks; rank 0 alone has the output.
-struct Work {
-    prompts: usize,
-    left: Vec<Prompt>,
-    output: Option<Output>,
-}
-
-/// What rank 0 tells the others.
-#[derive(Serialize)]
-struct Tell<'a> {
-    prompts: usize,
-    left: &'a [Prompt],
-}
-
-/// The same as the others read it.
-#[derive(Deserialize)]
-struct Told {
-    prompts: usize,
-    left: Vec<Prompt>,
-}
-
-impl Work {
-    /// Rank 0 reads prompts and rows and tells the others, so that all of them do the same even
-    /// where a file changes under their eyes.
-    ///
-    /// Every rank of `comm` must call this.
-    fn shared(
-        config: &GenerateConfig,
-        settings: &Settings,
-        comm: &dyn Communicator,
-    ) -> Result<Self> {
-        if comm.world_size() == 1 {
-            return Self::read(config, settings);
-        }
-        let mut own = None;
-        let mut message = Vec::new();
-        if comm.rank() == 0 {
-            let work = Self::read(config, settings)?;
-            message = serde_json::to_vec(&Tell { prompts: work.prompts, left: &work.left })
-                .map_err(Error::Exchange)?;
-            own = Some(work);
-        }
-        comm.broadcast_bytes(&mut message, 0)?;
-        match own {
-            Some(work) => Ok(work),
-            None => {
-                let Told { prompts, left } =
-                    serde_json::from_slice(&message).map_err(Error::Exchange)?;
-                Ok(Self { prompts, left, output: None })
-            }
-        }
-    }
-
-    fn read(config: &GenerateConfig, settings: &Settings) -> Result<Self> {
-        let prompts = group_prompts(config)?;
-        let path = shard_path(&config.output_file, config.group_rank, config.group_size);
-        let output = Output::open(path, settings, config.break_lock)?;
-        let count = prompts.len();
-        let left: Vec<Prompt> =
-            prompts.into_iter().filter(|prompt| !output.has(&prompt.id)).collect();
-        if !left.is_empty() {
-            output.reopen()?;
-        }
-        Ok(Self { prompts: count, left, output: Some(output) })
-    }
-}
-
-/// Prompts `R`, `R + G`, `R + 2G`, ... of the input.
-fn group_prompts(config: &GenerateConfig) -> Result<Vec<Prompt>> {
-    let none = |message: String| Error::NoPrompts { path: config.input_file.clone(), message };
-    let mut prompts = Vec::new();
-    let mut total = 0;
-    for prompt in read_prompts(&config.input_file)?.take(config.limit.unwrap_or(usize::MAX)) {
-        let prompt = prompt?;
-        if total % config.group_size == config.group_rank {
-            prompts.push(prompt);
-        }
-        total += 1;
-    }
-    if total == 0 {
-        return Err(none("holds no prompt".to_owned()));
-    }
-    if prompts.is_empty() {
-        return Err(none(format!(
-            "its {total} prompts leave none for group {} of {}",
-            config.group_rank, config.group_size
-        )));
-    }
-    Ok(prompts)
-}
-
 fn load(
     config: &GenerateConfig,
     checkpoint: &Checkpoint,
-    comm: &dyn Communicator,
+    place: &Place<'_>,
     local_rank: usize,
 ) -> Result<Llama> {
-    let device = select_device(&config.device, local_rank, comm)?;
+    let device = select_device(&config.device, local_rank, place.world)?;
     let options = LoadOptions {
         device,
         kind: select_kind(&config.dtype, device, checkpoint.dtype())?,
         pack: true,
-        tp_rank: comm.rank(),
-        tp: comm.world_size(),
+        tp_rank: place.dims.tp_rank(place.world.rank()),
+        tp: place.dims.tp,
     };
     Ok(Llama::load(checkpoint, &options)?)
 }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use dromedary_command::Common;
-use dromedary_self_align::{GenerateArgs, MergeArgs, RenderArgs};
+use dromedary_self_align::{CheckArgs, GenerateArgs, MergeArgs, PlanArgs, RenderArgs, StatusArgs};
 
 /// Step 2: a model answers prompts behind principles; fit answers become training rows.
 #[derive(Parser)]
@@ -27,6 +27,9 @@ enum Command {
     )]
     MergeAndFilter(MergeArgs),
     Render(RenderArgs),
+    Check(CheckArgs),
+    Plan(Box<PlanArgs>),
+    Status(StatusArgs),
 }
 
 fn main() -> ExitCode {
@@ -35,5 +38,8 @@ fn main() -> ExitCode {
         Command::Generate(args) => commands::generate(*args, &common),
         Command::MergeAndFilter(args) => commands::merge_and_filter(args, &common),
         Command::Render(args) => commands::render(args, &common),
+        Command::Check(args) => commands::check(args, &common),
+        Command::Plan(args) => commands::plan(*args, &common),
+        Command::Status(args) => commands::status(args, &common),
     })
 }

@@ -5,16 +5,20 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use dromedary_records::{AlignedResponse, RowWriter, TrainingRow, read_rows};
+use dromedary_files::Error as FilesError;
+use dromedary_records::{
+    AlignedResponse, Error as RecordsError, RowWriter, TrainingRow, read_rows,
+};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::filter::{Compat, Filter, Kept, Report, Rule, Verdict};
+use crate::filter::{Compat, Filter, Kept, Rule, Verdict};
 use crate::output::StoredRow;
-use crate::shards::{self, Done};
-use crate::{Error, MetaPrompt, Result, identity};
+use crate::report::{Report, Tally};
+use crate::shards::{check_complete, write_json};
+use crate::{Error, Form, MetaPrompt, Result, identity, report_page};
 
 /// Settings of [`merge_and_filter`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -30,8 +34,12 @@ pub struct MergeConfig {
     pub dropped_file: PathBuf,
     /// Counts by rule and source.
     pub report_file: PathBuf,
+    /// The same and more as a page for people.
+    pub page_file: PathBuf,
     /// How many identity rows are added at most.
     pub max_identity_rows: IdentityLimit,
+    /// What the rows were generated with.
+    pub template: Form,
     /// The meta prompt that the rows were generated behind; the built-in one where absent.
     pub meta_prompt_file: Option<PathBuf>,
     /// Whose rules to follow instead of the corrected ones.
@@ -123,13 +131,10 @@ pub struct DroppedRow {
 /// [`Error::NothingLeft`] where no row passes the filter (the dropped rows are written, the
 /// training rows are not), [`Error::Records`] naming file and line of a row that cannot be read.
 pub fn merge_and_filter(config: &MergeConfig) -> Result<Report> {
-    let meta_prompt = MetaPrompt::open(config.meta_prompt_file.as_deref())?;
+    let meta_prompt = MetaPrompt::open_as(config.template, config.meta_prompt_file.as_deref())?;
     let paths = matching_files(&config.data_file_pattern)?;
     if !config.allow_unfinished {
-        shards::check_complete(&paths, &config.data_file_pattern)?;
-        for path in &paths {
-            Done::check(path)?;
-        }
+        check_complete(&paths, &config.data_file_pattern)?;
     }
     let identity = match &config.dummy_data_file {
         Some(path) => identity::read(path, &meta_prompt.principles.names, config.compat)?,
@@ -138,22 +143,30 @@ pub fn merge_and_filter(config: &MergeConfig) -> Result<Report> {
     let mut sieve = Sieve::new(config, &meta_prompt)?;
     for path in &paths {
         for row in read_rows::<StoredRow>(path)? {
-            sieve.take(row?)?;
+            match row {
+                // A run was killed here; another one has answered that prompt, or will.
+                Err(RecordsError::File(FilesError::TornTail { path, line })) => {
+                    tracing::warn!("{}, line {line}: a row cut off is left out", path.display());
+                }
+                row => sieve.take(row?)?,
+            }
         }
     }
-    let Sieve { mut report, kept, dropped, .. } = sieve;
+    let Sieve { mut tally, kept, dropped, .. } = sieve;
     dropped.finish()?;
+    let mut random = ChaCha8Rng::seed_from_u64(config.seed);
+    let identity = chosen(identity, config.max_identity_rows.rows(kept.len()), &mut random);
+    tally.report.identity = if kept.is_empty() { 0 } else { identity.len() as u64 };
+    report_page::write(&tally, config, &paths)?;
+    let report = tally.report;
     if kept.is_empty() {
         return Err(Error::NothingLeft {
             dropped_file: config.dropped_file.clone(),
             report: Box::new(report),
         });
     }
-    let mut random = ChaCha8Rng::seed_from_u64(config.seed);
-    let identity = chosen(identity, config.max_identity_rows.rows(kept.len()), &mut random);
-    report.identity = identity.len() as u64;
     write_rows(&config.output_file, kept, identity, &mut random)?;
-    write_report(&config.report_file, &report)?;
+    write_json(&config.report_file, &report)?;
     Ok(report)
 }
 
@@ -185,7 +198,7 @@ struct Sieve {
     ids: BTreeSet<String>,
     kept: Vec<Kept>,
     dropped: RowWriter,
-    report: Report,
+    tally: Tally,
 }
 
 impl Sieve {
@@ -195,7 +208,7 @@ impl Sieve {
             ids: BTreeSet::new(),
             kept: Vec::new(),
             dropped: RowWriter::jsonl(&config.dropped_file)?,
-            report: Report::default(),
+            tally: Tally::new(meta_prompt),
         })
     }
 
@@ -206,15 +219,10 @@ impl Sieve {
         } else {
             Verdict::Dropped(Rule::SameId)
         };
+        self.tally.count(&row, reason.as_deref(), &verdict);
         match verdict {
-            Verdict::Kept(kept) => {
-                self.report.count(&row.source, None);
-                self.kept.push(kept);
-            }
-            Verdict::Dropped(rule) => {
-                self.report.count(&row.source, Some(rule));
-                self.dropped.write(&DroppedRow { rule, reason, row })?;
-            }
+            Verdict::Kept(kept) => self.kept.push(kept),
+            Verdict::Dropped(rule) => self.dropped.write(&DroppedRow { rule, reason, row })?,
         }
         Ok(())
     }
@@ -257,14 +265,6 @@ fn write_rows(
     }
     writer.finish()?;
     Ok(())
-}
-
-fn write_report(path: &Path, report: &Report) -> Result<()> {
-    let mut writer = dromedary_files::AtomicFile::create(path)?;
-    let failed = |source: std::io::Error| Error::Write { path: path.to_owned(), source };
-    serde_json::to_writer_pretty(&mut writer, report).map_err(|error| failed(error.into()))?;
-    std::io::Write::write_all(&mut writer, b"\n").map_err(failed)?;
-    Ok(writer.commit()?)
 }
 
 #[cfg(test)]

@@ -2,20 +2,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::path::{Path, PathBuf};
 
-use dromedary_files::{JsonlAppender, Lock, LockOptions, read_jsonl, write_atomic};
+use dromedary_files::{JsonlAppender, Lock, LockOptions, read_jsonl};
+use dromedary_parallel::fault_point;
 use dromedary_records::{AlignedResponse, FinishReason};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::shards::{Done, beside, metrics_path};
+use crate::run_file::RunFile;
+use crate::shards::{Done, RowHead, Shard, beside, metrics_path, write_json};
 use crate::{Error, Result};
 
 /// What the text of a row depends on besides its prompt. Rows that were made with other settings
 /// are not mixed into one file.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Settings {
     pub(crate) checkpoint: String,
     pub(crate) tokenizer: String,
@@ -45,12 +46,13 @@ pub(crate) struct Fixed {
 #[derive(Debug)]
 pub(crate) struct Output {
     path: PathBuf,
+    shard: Shard,
     rows: JsonlAppender,
     metrics: JsonlAppender,
     count: u64,
     rejected: u64,
     done: BTreeSet<String>,
-    _lock: Lock,
+    lock: Lock,
 }
 
 /// A line of a group's file: a row, or why there is none.
@@ -63,45 +65,18 @@ pub(crate) struct StoredRow {
     pub(crate) reason: Option<String>,
 }
 
-/// A line of `metrics.jsonl`: what depends on how the run went and not on the row alone.
-#[derive(Debug, Serialize)]
-pub(crate) struct RowMetrics<'a> {
-    pub(crate) id: &'a str,
-    pub(crate) group_rank: usize,
-    pub(crate) group_size: usize,
-    pub(crate) prompt_tokens: u32,
-    pub(crate) output_tokens: u32,
-    pub(crate) finish_reason: FinishReason,
-    pub(crate) seconds: f64,
-    /// Seconds since 1970.
-    pub(crate) finished_at: u64,
-}
-
-/// The last line of a run in `metrics.jsonl`.
-#[derive(Debug, Serialize)]
-pub(crate) struct RunMetrics {
-    pub(crate) run: &'static str,
-    pub(crate) rows: u64,
-    /// Of these, made to begin with `--force-prefix`.
-    pub(crate) forced: u64,
-    pub(crate) output_tokens: u64,
-    pub(crate) decode_steps: u64,
-    pub(crate) prefill_seconds: f64,
-    pub(crate) decode_seconds: f64,
-    pub(crate) finished_at: u64,
-}
-
-/// What is read of a row that is there.
-#[derive(Deserialize)]
-struct RowHead {
-    id: String,
-    finish_reason: FinishReason,
-}
-
 impl Output {
-    /// Locks a group's file, cuts a torn tail, and finds out which rows it has.
-    pub(crate) fn open(path: PathBuf, settings: &Settings, break_lock: bool) -> Result<Self> {
+    /// Locks a group's file, says whose it is, cuts a torn tail, and finds out which rows it has.
+    pub(crate) fn open(
+        path: PathBuf,
+        settings: &Settings,
+        run: &RunFile,
+        break_lock: bool,
+    ) -> Result<Self> {
         let lock = Lock::acquire(&path, &LockOptions::from_env(break_lock))?;
+        fault_point("locked", 0)?;
+        run.write(&path)?;
+        fault_point("run-written", 0)?;
         let (rows, recovered) = JsonlAppender::open(&path)?;
         if recovered.cut_bytes > 0 {
             tracing::warn!(
@@ -110,9 +85,11 @@ impl Output {
                 recovered.cut_bytes
             );
         }
+        fault_point("rows-opened", 0)?;
         let (metrics, _) = JsonlAppender::open(metrics_path(&path))?;
+        let shard = Shard::of(&path);
         let mut output =
-            Self { rows, metrics, count: 0, rejected: 0, done: BTreeSet::new(), path, _lock: lock };
+            Self { rows, metrics, count: 0, rejected: 0, done: BTreeSet::new(), shard, path, lock };
         output.find_rows()?;
         output.check_settings(settings)?;
         Ok(output)
@@ -130,30 +107,27 @@ impl Output {
 
     /// Compares with the settings of the run that began the file, or writes them down.
     fn check_settings(&self, settings: &Settings) -> Result<()> {
-        let path = beside(&self.path, ".settings.json");
-        let encoded =
-            |error: serde_json::Error| Error::Write { path: path.clone(), source: error.into() };
-        let ours = serde_json::to_value(settings).map_err(encoded)?;
-        let theirs: Option<Value> =
-            fs::read(&path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
-        match theirs {
-            Some(theirs) if self.count > 0 => {
-                let difference = difference(&theirs, &ours);
-                if difference.is_empty() {
-                    return Ok(());
-                }
-                Err(Error::OtherSettings { path: self.path.clone(), difference })
-            }
-            _ => {
-                let text = serde_json::to_vec_pretty(&ours).map_err(encoded)?;
-                Ok(write_atomic(&path, &text)?)
-            }
+        if self.count > 0 && settings.check(&self.path)? {
+            return Ok(());
         }
+        fault_point("settings-begun", 0)?;
+        write_json(&Settings::path(&self.path), settings)?;
+        Ok(fault_point("settings-written", 0)?)
     }
 
-    /// Whether the file has a row for this prompt.
-    pub(crate) fn has(&self, id: &str) -> bool {
-        self.done.contains(id)
+    /// The prompts that have a row here; none from now on, the list goes to whoever asks.
+    pub(crate) fn take_done(&mut self) -> BTreeSet<String> {
+        std::mem::take(&mut self.done)
+    }
+
+    /// The file of rows.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whose file it is.
+    pub(crate) fn shard(&self) -> &Shard {
+        &self.shard
     }
 
     /// The file is to get more rows: it is not finished any more.
@@ -163,32 +137,62 @@ impl Output {
             Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
                 Err(Error::Write { path, source })
             }
-            _ => Ok(()),
+            _ => Ok(fault_point("unmarked", 0)?),
         }
     }
 
     pub(crate) fn append(&mut self, stored: &StoredRow) -> Result<()> {
+        let number = self.count as usize + 1;
+        self.lock.check()?;
+        fault_point("row-begun", number)?;
         self.rows.append(stored)?;
+        fault_point("row-written", number)?;
         self.count += 1;
         self.rejected += u64::from(stored.row.finish_reason == FinishReason::Rejected);
         Ok(())
     }
 
     pub(crate) fn measure(&mut self, line: &impl Serialize) -> Result<()> {
-        Ok(self.metrics.append(line)?)
+        self.metrics.append(line)?;
+        Ok(fault_point("row-measured", self.count as usize)?)
     }
 
-    /// Makes the rows survive whatever comes, without the mark of a finished file.
-    pub(crate) fn close(mut self) -> Result<()> {
+    /// Makes the rows survive whatever comes.
+    pub(crate) fn sync(&mut self) -> Result<()> {
         self.rows.sync()?;
-        Ok(self.metrics.sync()?)
-    }
-
-    /// Closes the file and marks it as finished.
-    pub(crate) fn finish(mut self) -> Result<()> {
-        self.rows.sync()?;
+        fault_point("rows-synced", 0)?;
         self.metrics.sync()?;
-        Done::write(&self.path, self.count, self.rejected)
+        Ok(fault_point("metrics-synced", 0)?)
+    }
+
+    /// Closes the file, whose rows are on the disk, and marks it as finished.
+    pub(crate) fn finish(self, prompts: usize) -> Result<()> {
+        Done::write(&self.path, self.count, self.rejected, prompts as u64)?;
+        Ok(fault_point("marked", 0)?)
+    }
+}
+
+impl Settings {
+    fn path(shard: &Path) -> PathBuf {
+        beside(shard, ".settings.json")
+    }
+
+    /// Whether the rows of a file were made with these settings; false where nobody has written down
+    /// with which.
+    ///
+    /// # Errors
+    /// [`Error::OtherSettings`] where they were made with others.
+    pub(crate) fn check(&self, shard: &Path) -> Result<bool> {
+        let path = Self::path(shard);
+        let theirs = fs::read(&path).ok();
+        let theirs = theirs.and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());
+        let Some(theirs) = theirs else { return Ok(false) };
+        let ours = serde_json::to_value(self).map_err(Error::Exchange)?;
+        let difference = difference(&theirs, &ours);
+        if difference.is_empty() {
+            return Ok(true);
+        }
+        Err(Error::OtherSettings { path: shard.to_owned(), difference })
     }
 }
 
@@ -205,8 +209,4 @@ fn difference(theirs: &Value, ours: &Value) -> String {
         .map(|key| format!("{key}: {} -> {}", value(theirs, key), value(ours, key)))
         .collect();
     texts.join(", ")
-}
-
-pub(crate) fn seconds_since_1970() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |duration| duration.as_secs())
 }

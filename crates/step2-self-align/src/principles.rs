@@ -2,13 +2,18 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
 /// The principles that come with the program.
 const BUILT_IN: &str = include_str!("../../../prompts/self_align_principles.toml");
 const BUILT_IN_NAME: &str = "prompts/self_align_principles.toml (built in)";
+
+/// The prompt of verbose cloning that comes with the program.
+const VERBOSE: &str = include_str!("../../../prompts/dromedary_verbose_prompt.txt");
+const VERBOSE_NAME: &str = "prompts/dromedary_verbose_prompt.txt (built in)";
+const VERBOSE_USER: &str = "### User";
 
 /// Rules, exemplars, cues, names, stop strings and black list: the source of the meta prompt and
 /// of what the filter looks for.
@@ -124,7 +129,7 @@ impl Principles {
         Self::parse(&text, path)
     }
 
-    fn parse(text: &str, path: &Path) -> Result<Self> {
+    pub(crate) fn parse(text: &str, path: &Path) -> Result<Self> {
         let wrong = |message: String| Error::Principles { path: path.to_owned(), message };
         let principles: Self = toml::from_str(text).map_err(|error| wrong(error.to_string()))?;
         principles.check().map_err(wrong)?;
@@ -216,13 +221,19 @@ impl Principles {
             .find(|&cue| text.lines().any(|line| line.trim_start().starts_with(cue)))
     }
 
-    /// The meta prompt: headings, rules, exemplars, and the mark of the user's next turn.
-    pub fn render(&self) -> String {
+    /// What stands before the exemplars.
+    pub(crate) fn render_rules(&self) -> String {
         let mut text = format!("# {}\n\n## General Rules\n\n{}\n\n", self.title, self.opening);
         for (index, rule) in self.rules.iter().enumerate() {
             // Writing to a String cannot fail.
             let _ = writeln!(text, "{} ({}). {}", index + 1, rule.name, rule.text.trim());
         }
+        text
+    }
+
+    /// The meta prompt: headings, rules, exemplars, and the mark of the user's next turn.
+    pub fn render(&self) -> String {
+        let mut text = self.render_rules();
         let _ = write!(text, "\n## Examples\n\n{}\n\n", self.examples_opening);
         for (index, exemplar) in self.exemplars.iter().enumerate() {
             if index > 0 && !exemplar.continues {
@@ -236,7 +247,7 @@ impl Principles {
         text + &self.cues.user
     }
 
-    fn render_exemplar(&self, exemplar: &Exemplar, text: &mut String) {
+    pub(crate) fn render_exemplar(&self, exemplar: &Exemplar, text: &mut String) {
         let Cues { user, thoughts, answer, .. } = &self.cues;
         let _ = write!(text, "{user} {}\n\n", exemplar.user.trim());
         if let Some(input) = &exemplar.input {
@@ -253,6 +264,19 @@ impl Principles {
     }
 }
 
+/// `--template`: what a model is asked with, and what it is to write.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Form {
+    /// Stage 2: a base model behind the principles writes thoughts and then an answer.
+    #[default]
+    SelfAlign,
+    /// Verbose cloning, the fourth stage of the first Dromedary: a trained model behind a prompt that
+    /// asks for length writes an answer, which the next model learns without that prompt.
+    Verbose,
+}
+
 /// The text before the user's turn, and the principles it stands for.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -263,6 +287,8 @@ pub struct MetaPrompt {
     pub principles: Principles,
     /// Where the text is from.
     pub path: PathBuf,
+    /// What stands behind the text, and what a model makes of it.
+    pub form: Form,
 }
 
 impl MetaPrompt {
@@ -280,24 +306,69 @@ impl MetaPrompt {
             return Ok(Self::rendered(Principles::open(path)?, path));
         }
         let principles = Principles::built_in()?;
-        let text = fs::read_to_string(path)
-            .map_err(|source| Error::Read { path: path.to_owned(), source })?;
-        let text = text.trim().to_owned();
-        if !text.ends_with(&principles.cues.user) {
-            let mut end: Vec<char> = text.chars().rev().take(20).collect();
-            end.reverse();
-            return Err(Error::MetaPrompt {
-                path: path.to_owned(),
-                cue: principles.cues.user,
-                end: end.into_iter().collect(),
-            });
+        let text = read_prompt(path, &principles.cues.user)?;
+        Ok(Self { text, principles, path: path.to_owned(), form: Form::SelfAlign })
+    }
+
+    /// The meta prompt of a form; for [`Form::Verbose`] a text, by default
+    /// `prompts/dromedary_verbose_prompt.txt`. It ends in the mark of the user's turn, a line
+    /// `### User`, and has a turn of the model, which tells the mark that answers follow, such as
+    /// `### Dromedary (extensive)`.
+    ///
+    /// # Errors
+    /// Those of [`open`](Self::open); [`Error::Principles`] where the model has no turn.
+    pub fn open_as(form: Form, path: Option<&Path>) -> Result<Self> {
+        match form {
+            Form::SelfAlign => Self::open(path),
+            Form::Verbose => Self::verbose(path),
         }
-        Ok(Self { text, principles, path: path.to_owned() })
+    }
+
+    fn verbose(path: Option<&Path>) -> Result<Self> {
+        let (text, path) = match path {
+            Some(path) => (read_prompt(path, VERBOSE_USER)?, path),
+            None => (VERBOSE.trim().to_owned(), Path::new(VERBOSE_NAME)),
+        };
+        let mut principles = Principles::built_in()?;
+        let marks = text.lines().filter(|line| line.starts_with("### ") && *line != VERBOSE_USER);
+        let Some(answer) = marks.map(str::to_owned).next() else {
+            let message =
+                "has no turn of the model: a line such as `### Dromedary (extensive)`".to_owned();
+            return Err(Error::Principles { path: path.to_owned(), message });
+        };
+        // The model may open a turn of its own without the remark behind its name.
+        let short = answer.split(" (").next().unwrap_or(&answer).to_owned();
+        principles.stop_strings = [VERBOSE_USER, &short].map(|mark| format!("\n\n{mark}")).to_vec();
+        principles.cues.user = VERBOSE_USER.to_owned();
+        principles.cues.thoughts = answer.clone();
+        principles.cues.answer = answer;
+        principles.cues.auto_reply = short;
+        // It was trained on its name, and thinks and cites nothing.
+        principles.names.assistant = principles.names.product.clone();
+        principles.rules.clear();
+        principles.exemplars.clear();
+        principles.black_list.clear();
+        Ok(Self { text, principles, path: path.to_owned(), form: Form::Verbose })
     }
 
     fn rendered(principles: Principles, path: &Path) -> Self {
-        Self { text: principles.render(), principles, path: path.to_owned() }
+        let text = principles.render();
+        Self { text, principles, path: path.to_owned(), form: Form::SelfAlign }
     }
+}
+
+/// The text of a prompt that ends in a mark.
+fn read_prompt(path: &Path, mark: &str) -> Result<String> {
+    let text =
+        fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+    let text = text.trim().to_owned();
+    if text.ends_with(mark) {
+        return Ok(text);
+    }
+    let mut end: Vec<char> = text.chars().rev().take(20).collect();
+    end.reverse();
+    let end = end.into_iter().collect();
+    Err(Error::MetaPrompt { path: path.to_owned(), cue: mark.to_owned(), end })
 }
 
 #[cfg(test)]
@@ -410,6 +481,29 @@ mod tests {
         fs::write(&path, "# Watson\n\nRules.").unwrap();
         let message = MetaPrompt::open(Some(&path)).unwrap_err().to_string();
         assert!(message.contains("prompt.txt") && message.contains("Rules."), "{message}");
+    }
+
+    #[test]
+    fn a_verbose_prompt_tells_its_own_marks() {
+        let prompt = MetaPrompt::open_as(Form::Verbose, None).unwrap();
+        assert!(prompt.text.ends_with("\n\n### User"));
+        let cues = &prompt.principles.cues;
+        assert_eq!(
+            (cues.user.as_str(), cues.answer.as_str()),
+            ("### User", "### Dromedary (extensive)")
+        );
+        assert_eq!(prompt.principles.stop_strings, ["\n\n### User", "\n\n### Dromedary"]);
+
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("long.txt");
+        let open = |text: &str| {
+            fs::write(&path, text).unwrap();
+            MetaPrompt::open_as(Form::Verbose, Some(&path))
+        };
+        let own = open("### User\nHi.\n\n### Ada (at length)\nHello.\n\n### User\n").unwrap();
+        assert_eq!(own.principles.cues.answer, "### Ada (at length)");
+        assert!(open("### User\n").unwrap_err().to_string().contains("has no turn of the model"));
+        assert!(open("### Ada\n").unwrap_err().to_string().contains("### User"));
     }
 
     #[test]

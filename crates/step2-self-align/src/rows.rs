@@ -1,146 +1,228 @@
 //! One run's way from prompts to rows: what the engine asks for and what it tells.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
-use std::ops::ControlFlow;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::{ControlFlow, Range};
 
-use dromedary_command::{Progress, StopFlag};
 use dromedary_llama::generation::{
     Engine, Event, FinishReason as RowEnd, FinishedRow, Request, Statistics,
 };
+use dromedary_parallel::WorkQueue;
 use dromedary_records::{AlignedResponse, FinishReason, Prompt};
 use dromedary_tokenizer::Tokenizer;
+use serde::{Deserialize, Serialize};
 
 use crate::generate::GenerateConfig;
-use crate::output::{Output, RowMetrics, RunMetrics, StoredRow, seconds_since_1970};
+use crate::live::{Live, Pulse};
+use crate::metrics::{RowMetrics, RunMetrics, seconds_since_1970};
+use crate::output::{Output, StoredRow};
+use crate::work::Task;
 use crate::{Error, Result, Template};
 
+/// A group takes this share of its slots at once: few enough that groups end together, many enough
+/// that it seldom has to ask.
+const BLOCK_OF_SLOTS: usize = 4;
+
+/// What the rows of a run are made with.
+#[derive(Clone, Copy)]
+pub(crate) struct Source<'a, 'q> {
+    pub(crate) config: &'a GenerateConfig,
+    pub(crate) template: &'a Template,
+    pub(crate) tokenizer: &'a Tokenizer,
+    pub(crate) tasks: &'a [Task],
+    pub(crate) queue: &'a RefCell<WorkQueue<'q>>,
+    pub(crate) pulse: &'a Pulse,
+}
+
 /// The rows of one run on their way from prompts to the output.
-pub(crate) struct Rows<'a> {
-    config: &'a GenerateConfig,
-    template: &'a Template,
-    tokenizer: &'a Tokenizer,
-    left: std::vec::IntoIter<Prompt>,
-    under_way: BTreeMap<String, Prompt>,
-    pub(crate) output: Option<Output>,
-    pub(crate) answered: usize,
-    pub(crate) rejected: usize,
-    pub(crate) forced: usize,
-    tokens: u64,
+pub(crate) struct Rows<'a, 'q> {
+    source: Source<'a, 'q>,
+    /// Taken from the queue.
+    in_hand: Range<usize>,
+    /// Given back by a run of the engine that a row has ended.
+    again: VecDeque<usize>,
+    under_way: BTreeMap<String, UnderWay>,
+    output: Option<Output>,
+    live: Live<'a>,
+    counts: RowCounts,
     error: Option<Error>,
 }
 
-impl<'a> Rows<'a> {
-    pub(crate) fn new(
-        config: &'a GenerateConfig,
-        template: &'a Template,
-        tokenizer: &'a Tokenizer,
-        left: Vec<Prompt>,
-        output: Option<Output>,
-    ) -> Self {
+/// What a run did so far.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct RowCounts {
+    pub(crate) answered: usize,
+    pub(crate) rejected: usize,
+    pub(crate) forced: usize,
+}
+
+/// A row in the engine.
+struct UnderWay {
+    task: usize,
+    slot: usize,
+    /// Tokens that it was seen to get.
+    tokens: u64,
+}
+
+impl<'a, 'q> Rows<'a, 'q> {
+    pub(crate) fn new(source: Source<'a, 'q>, output: Option<Output>, live: Live<'a>) -> Self {
         Self {
-            config,
-            template,
-            tokenizer,
-            left: left.into_iter(),
+            source,
+            in_hand: 0..0,
+            again: VecDeque::new(),
             under_way: BTreeMap::new(),
             output,
-            answered: 0,
-            rejected: 0,
-            forced: 0,
-            tokens: 0,
+            live,
+            counts: RowCounts::default(),
             error: None,
         }
     }
 
-    pub(crate) fn run(
-        &mut self,
-        engine: &mut Engine<'_>,
-        stop: &StopFlag,
-        progress: &Progress,
-    ) -> Result<Statistics> {
+    /// Generates until nothing is left or the group stops. A row whose logits are not finite is
+    /// rejected, and the others go on; the statistics are those since the last such row.
+    pub(crate) fn run(&mut self, engine: &mut Engine<'_>) -> Result<Statistics> {
+        loop {
+            let result = self.run_engine(engine);
+            if let Some(error) = self.error.take() {
+                return Err(error);
+            }
+            match result {
+                Err(dromedary_llama::Error::NonFiniteLogits { id, position }) => {
+                    self.fail(&id, position);
+                }
+                result => return Ok(result?),
+            }
+        }
+    }
+
+    fn run_engine(&mut self, engine: &mut Engine<'_>) -> dromedary_llama::Result<Statistics> {
         let rows = RefCell::new(self);
-        let mut source = || rows.borrow_mut().next(progress);
+        let mut source = || rows.borrow_mut().next();
         let mut sink = |event: Event<'_>| {
             let mut rows = rows.borrow_mut();
-            rows.take(event, progress);
-            if stop.is_set() || rows.error.is_some() {
+            rows.take(event);
+            if rows.source.pulse.stop.get() {
                 ControlFlow::Break(())
             } else {
                 ControlFlow::Continue(())
             }
         };
-        let statistics = engine.run(&mut source, &mut sink);
-        let rows = rows.into_inner();
-        if let Some(error) = rows.error.take() {
-            return Err(error);
+        engine.run(&mut source, &mut sink)
+    }
+
+    /// The row is rejected, and those beside it begin anew.
+    fn fail(&mut self, id: &str, position: u64) {
+        if let Some(row) = self.under_way.remove(id) {
+            let reason = format!("the logits of its output token {position} are not finite");
+            self.reject(row.task, reason);
         }
-        let statistics = statistics?;
-        rows.measure_run(&statistics)?;
-        Ok(statistics)
+        let rest = std::mem::take(&mut self.under_way);
+        self.again.extend(rest.into_values().map(|row| row.task));
+        self.count_in_use();
     }
 
     /// The next prompt that can be run; those that cannot get their row here.
-    fn next(&mut self, progress: &Progress) -> Option<Request> {
-        while self.error.is_none() {
-            let prompt = self.left.next()?;
-            match self.request(&prompt) {
+    ///
+    /// All ranks of a group come to the same, also where one of them has failed: the step's end tells.
+    fn next(&mut self) -> Option<Request> {
+        loop {
+            if self.source.pulse.stop.get() {
+                return None;
+            }
+            let task = self.next_task()?;
+            match self.request(&self.source.tasks[task]) {
                 Ok(request) => {
-                    self.under_way.insert(prompt.id.clone(), prompt);
+                    let slot = self.free_slot();
+                    let row = UnderWay { task, slot, tokens: 0 };
+                    self.under_way.insert(request.id.clone(), row);
+                    self.count_in_use();
                     return Some(request);
                 }
-                Err(reason) => self.reject(prompt, reason, progress),
+                Err(reason) => self.reject(task, reason),
             }
         }
-        None
     }
 
-    fn request(&self, prompt: &Prompt) -> std::result::Result<Request, String> {
+    fn next_task(&mut self) -> Option<usize> {
+        if let Some(task) = self.again.pop_front() {
+            return Some(task);
+        }
+        if self.in_hand.is_empty() {
+            let block = (self.source.config.max_batch_size / BLOCK_OF_SLOTS).max(1);
+            match self.source.queue.borrow_mut().take(block) {
+                Ok(rows) => self.in_hand = rows,
+                Err(error) => self.set_error(error.into()),
+            }
+        }
+        self.in_hand.next()
+    }
+
+    fn free_slot(&self) -> usize {
+        let taken: BTreeSet<usize> = self.under_way.values().map(|row| row.slot).collect();
+        (0..).zip(&taken).find(|(slot, taken)| slot != *taken).map_or(taken.len(), |(slot, _)| slot)
+    }
+
+    fn count_in_use(&self) {
+        self.source.pulse.in_use.set(self.under_way.len());
+    }
+
+    fn request(&self, task: &Task) -> std::result::Result<Request, String> {
+        let Source { config, template, tokenizer, .. } = self.source;
+        let Task { prompt, bad } = task;
+        if let Some(reason) = bad {
+            return Err(reason.clone());
+        }
         if prompt.instruction.trim().is_empty() && prompt.input.trim().is_empty() {
             return Err("the prompt is empty".to_owned());
         }
-        let limit = self.config.max_seq_len;
+        let limit = config.max_seq_len;
         // The bound spares the tokenizer a prompt of megabytes.
-        let fits = self.tokenizer.fits(&prompt.instruction, limit)
-            && self.tokenizer.fits(&prompt.input, limit);
+        let fits =
+            tokenizer.fits(&prompt.instruction, limit) && tokenizer.fits(&prompt.input, limit);
         if !fits {
             return Err(format!(
                 "the prompt has more tokens than a row may have (max_seq_len {limit})"
             ));
         }
-        let mut text = self.template.fill(&prompt.instruction, &prompt.input);
-        text.extend(self.config.force_prefix.as_deref());
-        let tokens = self.tokenizer.encode_with_bos(&text);
-        Ok(Request { id: prompt.id.clone(), tokens, seed: self.config.seed })
+        let mut text = template.fill(&prompt.instruction, &prompt.input);
+        text.extend(config.force_prefix.as_deref());
+        let tokens = tokenizer.encode_with_bos(&text);
+        Ok(Request { id: prompt.id.clone(), tokens, seed: config.seed })
     }
 
-    fn take(&mut self, event: Event<'_>, progress: &Progress) {
+    fn take(&mut self, event: Event<'_>) {
         match event {
-            Event::Token { .. } => self.tokens += 1,
-            Event::Finished(finished) => self.answer(finished, progress),
+            Event::Token { id, .. } => {
+                self.live.tokens(1);
+                if let Some(row) = self.under_way.get_mut(id) {
+                    row.tokens += 1;
+                }
+            }
+            Event::Finished(finished) => self.answer(finished),
             Event::Rejected { id, reason } => {
-                if let Some(prompt) = self.under_way.remove(&id) {
-                    self.reject(prompt, reason, progress);
+                if let Some(row) = self.under_way.remove(&id) {
+                    self.count_in_use();
+                    self.reject(row.task, reason);
                 }
             }
         }
+        if let Some(beat) = self.live.due() {
+            self.measure(&beat);
+        }
     }
 
-    fn answer(&mut self, finished: FinishedRow, progress: &Progress) {
-        let Some(prompt) = self.under_way.remove(&finished.id) else { return };
-        self.answered += 1;
-        progress.inc(1);
-        let seconds = finished.seconds;
+    fn answer(&mut self, finished: FinishedRow) {
+        let Some(row) = self.under_way.remove(&finished.id) else { return };
+        self.count_in_use();
+        self.counts.answered += 1;
+        // Tokens that added no whole character were not seen.
+        self.live.tokens((finished.tokens.len() as u64).saturating_sub(row.tokens));
         let mut output = finished.text;
-        if let Some(forced) = &self.config.force_prefix {
-            self.forced += 1;
+        if let Some(forced) = &self.source.config.force_prefix {
+            self.counts.forced += 1;
             output.insert_str(0, forced);
         }
-        let row = AlignedResponse {
-            id: prompt.id,
-            source: prompt.source,
-            instruction: prompt.instruction,
-            input: prompt.input,
+        let answer = Answer {
             output,
             finish_reason: match finished.finish_reason {
                 RowEnd::Eos => FinishReason::Eos,
@@ -149,64 +231,203 @@ impl<'a> Rows<'a> {
             },
             prompt_tokens: count(finished.prompt_tokens),
             output_tokens: count(finished.tokens.len()),
-            seed: self.config.seed,
         };
-        self.write(StoredRow { row, reason: None }, seconds);
+        let row_way = (Some(row.slot), finished.seconds);
+        self.write(row.task, answer, None, row_way);
     }
 
-    fn reject(&mut self, prompt: Prompt, reason: String, progress: &Progress) {
-        tracing::warn!("prompt {} is rejected: {reason}", prompt.id);
-        self.rejected += 1;
-        progress.inc(1);
-        let row = AlignedResponse {
-            id: prompt.id,
-            source: prompt.source,
-            instruction: prompt.instruction,
-            input: prompt.input,
+    fn reject(&mut self, task: usize, reason: String) {
+        tracing::warn!("prompt {} is rejected: {reason}", self.source.tasks[task].prompt.id);
+        self.counts.rejected += 1;
+        let nothing = Answer {
             output: String::new(),
             finish_reason: FinishReason::Rejected,
             prompt_tokens: 0,
             output_tokens: 0,
-            seed: self.config.seed,
         };
-        self.write(StoredRow { row, reason: Some(reason) }, 0.0);
+        self.write(task, nothing, Some(reason), (None, 0.0));
     }
 
-    fn write(&mut self, stored: StoredRow, seconds: f64) {
+    fn write(
+        &mut self,
+        task: usize,
+        answer: Answer,
+        reason: Option<String>,
+        (slot, seconds): (Option<usize>, f64),
+    ) {
+        self.live.row();
         let Some(output) = &mut self.output else { return };
-        let row = &stored.row;
+        let config = self.source.config;
+        let row = answer.row(&self.source.tasks[task].prompt, config.seed);
         let metrics = RowMetrics {
-            id: &row.id,
-            group_rank: self.config.group_rank,
-            group_size: self.config.group_size,
+            id: row.id.clone(),
+            group_rank: output.shard().rank,
+            group_size: output.shard().size,
+            slot,
             prompt_tokens: row.prompt_tokens,
             output_tokens: row.output_tokens,
             finish_reason: row.finish_reason,
             seconds,
             finished_at: seconds_since_1970(),
         };
+        let stored = StoredRow { row, reason };
         let written = output.append(&stored).and_then(|()| output.measure(&metrics));
         if let Err(error) = written {
-            self.error.get_or_insert(error);
+            self.set_error(error);
         }
     }
 
-    fn measure_run(&mut self, statistics: &Statistics) -> Result<()> {
-        let Some(output) = &mut self.output else { return Ok(()) };
-        output.measure(&RunMetrics {
-            run: if statistics.stopped { "stopped" } else { "finished" },
-            rows: statistics.finished,
-            forced: self.forced as u64,
-            output_tokens: statistics.output_tokens,
-            decode_steps: statistics.decode_steps,
-            prefill_seconds: statistics.prefill_seconds,
-            decode_seconds: statistics.decode_seconds,
-            finished_at: seconds_since_1970(),
-        })
+    fn measure(&mut self, line: &impl Serialize) {
+        let Some(output) = &mut self.output else { return };
+        if let Err(error) = output.measure(line) {
+            self.set_error(error);
+        }
+    }
+
+    fn set_error(&mut self, error: Error) {
+        self.error.get_or_insert(error);
+        self.source.pulse.failed.set(true);
+    }
+
+    /// Writes what the run was, and makes its rows survive whatever comes.
+    pub(crate) fn end(mut self, statistics: &Statistics) -> Result<(Option<Output>, RowCounts)> {
+        let Self { live, output, counts, .. } = &mut self;
+        let counts = *counts;
+        if let Some(output) = output {
+            output.measure(&live.end())?;
+            output.measure(&RunMetrics {
+                run: if statistics.stopped { "stopped" } else { "finished" }.to_owned(),
+                rows: counts.answered as u64,
+                forced: counts.forced as u64,
+                output_tokens: statistics.output_tokens,
+                decode_steps: statistics.decode_steps,
+                prefill_seconds: statistics.prefill_seconds,
+                decode_seconds: statistics.decode_seconds,
+                finished_at: seconds_since_1970(),
+            })?;
+            output.sync()?;
+        }
+        Ok((self.output, counts))
+    }
+}
+
+/// What there is to write of a prompt.
+struct Answer {
+    output: String,
+    finish_reason: FinishReason,
+    prompt_tokens: u32,
+    output_tokens: u32,
+}
+
+impl Answer {
+    fn row(self, prompt: &Prompt, seed: u64) -> AlignedResponse {
+        AlignedResponse {
+            id: prompt.id.clone(),
+            source: prompt.source.clone(),
+            instruction: prompt.instruction.clone(),
+            input: prompt.input.clone(),
+            output: self.output,
+            finish_reason: self.finish_reason,
+            prompt_tokens: self.prompt_tokens,
+            output_tokens: self.output_tokens,
+            seed,
+        }
     }
 }
 
 /// Token counts of rows are far below 2^32, which a row's own context bounds.
 fn count(tokens: usize) -> u32 {
     u32::try_from(tokens).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run_file::RunFile;
+    use crate::{GenerateArgs, MetaPrompt};
+    use dromedary_command::Progress;
+    use dromedary_parallel::SingleProcess;
+    use std::path::Path;
+
+    fn task(id: &str) -> Task {
+        let prompt = Prompt {
+            id: id.to_owned(),
+            source: "test".to_owned(),
+            instruction: format!("Story {id}"),
+            input: String::new(),
+        };
+        Task { prompt, bad: None }
+    }
+
+    fn output(folder: &Path) -> Output {
+        let run = RunFile {
+            input_file: "prompts.json".into(),
+            group_rank: 0,
+            group_size: 1,
+            groups: 1,
+            tp: 1,
+            max_batch_size: 4,
+            started_at: 0,
+            counts: None,
+        };
+        let settings = crate::output::Settings::default();
+        Output::open(folder.join("aligned.jsonl"), &settings, &run, false).unwrap()
+    }
+
+    /// With the rows of three prompts under way.
+    fn with_rows(folder: &Path, then: impl FnOnce(&mut Rows<'_, '_>)) {
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../llama/tests/data/stories260k");
+        let args = GenerateArgs {
+            checkpoint: Some(model.clone()),
+            input_file: Some("prompts.json".into()),
+            output_file: Some(folder.join("aligned.jsonl")),
+            ..GenerateArgs::default()
+        };
+        let config = GenerateConfig::try_from(args).unwrap();
+        let template = Template::new(&MetaPrompt::open(None).unwrap());
+        let tokenizer = Tokenizer::open(model).unwrap();
+        let tasks = ["a", "b", "c"].map(task);
+        let queue = RefCell::new(WorkQueue::new(&SingleProcess, &SingleProcess, 3).unwrap());
+        let pulse = Pulse::default();
+        let source = Source {
+            config: &config,
+            template: &template,
+            tokenizer: &tokenizer,
+            tasks: &tasks,
+            queue: &queue,
+            pulse: &pulse,
+        };
+        let live = Live::new(&pulse, Progress::new(None, "rows", false), 4, Vec::new());
+        let mut rows = Rows::new(source, Some(output(folder)), live);
+        let ids: Vec<String> = std::iter::from_fn(|| rows.next()).map(|row| row.id).collect();
+        assert_eq!(ids, ["a", "b", "c"]);
+        assert_eq!(pulse.in_use.get(), 3);
+        then(&mut rows);
+    }
+
+    #[test]
+    fn a_row_that_fails_is_recorded_and_those_beside_it_begin_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        with_rows(folder.path(), |rows| {
+            rows.fail("b", 7);
+            assert_eq!(rows.counts.rejected, 1);
+            assert_eq!(rows.source.pulse.in_use.get(), 0);
+            let ids: Vec<String> = std::iter::from_fn(|| rows.next()).map(|row| row.id).collect();
+            assert_eq!(ids, ["a", "c"]);
+        });
+        let text = std::fs::read_to_string(folder.path().join("aligned.jsonl")).unwrap();
+        assert_eq!(text.lines().count(), 1);
+        assert!(text.contains("\"id\":\"b\"") && text.contains("\"finish_reason\":\"rejected\""));
+        assert!(text.contains("the logits of its output token 7 are not finite"), "{text}");
+    }
+
+    #[test]
+    fn slots_are_the_lowest_free_numbers() {
+        let folder = tempfile::tempdir().unwrap();
+        with_rows(folder.path(), |rows| {
+            assert_eq!(rows.free_slot(), 3);
+            rows.under_way.remove("b");
+            assert_eq!(rows.free_slot(), 1);
+        });
+    }
 }

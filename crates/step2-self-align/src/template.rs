@@ -1,6 +1,6 @@
 use dromedary_tokenizer::Tokenizer;
 
-use crate::MetaPrompt;
+use crate::{Form, MetaPrompt};
 
 /// Instructions that begin in as different ways as instructions do: what the tokens of all of
 /// them share does not depend on the user's text.
@@ -8,31 +8,36 @@ const PROBES: [&str; 6] = ["a", "7", "\u{4f60}", "\u{1f642}", "\"", "\t"];
 
 /// From a prompt to the text that the model continues.
 ///
-/// `{meta prompt} {instruction}\n\n{thoughts cue}`, with `{input}\n\n` before the cue where there
-/// is an input.
+/// Behind the principles: `{meta prompt} {instruction}\n\n{thoughts cue}`, with `{input}\n\n` before the
+/// cue where there is an input. Behind a verbose prompt the instruction stands on a line of its own, and
+/// so does the cue.
 #[derive(Clone, Debug)]
 pub struct Template {
-    meta_prompt: String,
-    thoughts: String,
+    /// The meta prompt and what parts it from the instruction.
+    before: String,
+    /// The cue and what parts it from the model's text.
+    cue: String,
 }
 
 impl Template {
     /// The template of a meta prompt.
     pub fn new(meta_prompt: &MetaPrompt) -> Self {
-        Self {
-            meta_prompt: meta_prompt.text.clone(),
-            thoughts: meta_prompt.principles.cues.thoughts.clone(),
+        let MetaPrompt { text, principles, form, .. } = meta_prompt;
+        match form {
+            Form::SelfAlign => {
+                Self { before: format!("{text} "), cue: principles.cues.thoughts.clone() }
+            }
+            Form::Verbose => {
+                Self { before: format!("{text}\n"), cue: format!("{}\n", principles.cues.answer) }
+            }
         }
     }
 
     /// The whole text for one prompt.
     pub fn fill(&self, instruction: &str, input: &str) -> String {
-        let Self { meta_prompt, thoughts } = self;
-        if input.is_empty() {
-            format!("{meta_prompt} {instruction}\n\n{thoughts}")
-        } else {
-            format!("{meta_prompt} {instruction}\n\n{input}\n\n{thoughts}")
-        }
+        let Self { before, cue } = self;
+        let gap = if input.is_empty() { "" } else { "\n\n" };
+        format!("{before}{instruction}{gap}{input}\n\n{cue}")
     }
 
     /// The tokens that come before the user's text whatever it is: a function of template and

@@ -25,7 +25,7 @@ pub(crate) fn words(text: &str) -> Vec<String> {
 }
 
 /// Kana, CJK ideographs with their extensions, compatibility forms. Korean has spaces.
-fn is_cjk(character: char) -> bool {
+pub(crate) fn is_cjk(character: char) -> bool {
     matches!(character,
         '\u{3040}'..='\u{30ff}' | '\u{3400}'..='\u{4dbf}' | '\u{4e00}'..='\u{9fff}'
         | '\u{f900}'..='\u{faff}' | '\u{20000}'..='\u{323af}')

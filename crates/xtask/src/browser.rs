@@ -44,22 +44,46 @@ pub fn shown(page: &Path) -> Result<Option<Shown>> {
     let folder = tempfile::tempdir()?;
     let frame = folder.path().join("frame.html");
     fs::write(&frame, FRAME.replace("PAGE", &format!("file://{}", page.display())))?;
-    let output = Command::new(&browser)
-        .args(["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"])
-        .args(["--timeout=30000", "--dump-dom"])
-        .arg(format!("--user-data-dir={}", folder.path().join("profile").display()))
-        .arg(format!("file://{}", frame.display()))
-        .stderr(Stdio::null())
-        .output()
-        .with_context(|| format!("cannot run {}", browser.display()))?;
-    ensure!(output.status.success(), "{} failed: {}", browser.display(), output.status);
-    let dom = String::from_utf8(output.stdout)?;
+    let output = run(&browser, &frame, &["--allow-file-access-from-files", "--dump-dom"])?;
+    let dom = String::from_utf8(output)?;
     let read = || {
         let (_, body) = dom.split_once("<body>bars: ")?;
         let (bars, text) = body.rsplit_once("</body>")?.0.split_once('\n')?;
         Some(Shown { text: unescaped(text), bars: bars.parse().ok()? })
     };
     read().map(Some).with_context(|| format!("{} shows nothing of it", browser.display()))
+}
+
+/// Takes a picture of the file as a browser shows it, for people to look at; false where there is no
+/// Chromium on the PATH.
+///
+/// # Errors
+///
+/// A browser that cannot be run or makes no picture.
+pub fn screenshot(page: &Path, image: &Path) -> Result<bool> {
+    let Some(browser) = find() else {
+        return Ok(false);
+    };
+    let page = page.canonicalize().with_context(|| page.display().to_string())?;
+    let image_flag = format!("--screenshot={}", image.display());
+    run(&browser, &page, &["--hide-scrollbars", "--window-size=1200,3600", &image_flag])?;
+    ensure!(image.is_file(), "{} made no picture", browser.display());
+    Ok(true)
+}
+
+/// Runs a browser without a window on a page; gives what it printed.
+fn run(browser: &Path, page: &Path, flags: &[&str]) -> Result<Vec<u8>> {
+    let profile = tempfile::tempdir()?;
+    let output = Command::new(browser)
+        .args(["--headless", "--no-sandbox", "--disable-gpu", "--timeout=30000"])
+        .args(flags)
+        .arg(format!("--user-data-dir={}", profile.path().display()))
+        .arg(format!("file://{}", page.display()))
+        .stderr(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot run {}", browser.display()))?;
+    ensure!(output.status.success(), "{} failed: {}", browser.display(), output.status);
+    Ok(output.stdout)
 }
 
 fn find() -> Option<PathBuf> {

@@ -181,6 +181,15 @@ fn missing_files_are_named() {
     }
 }
 
+#[test]
+fn a_folder_that_cannot_be_written_is_named_before_anything_is_computed() {
+    let folder = folder_of(1);
+    let command = generate("").replace("aligned.jsonl", "/proc/self/aligned.jsonl");
+    let message = run_to(1, folder.path(), &command);
+    assert!(message.contains("cannot write") && message.contains("aligned.jsonl"), "{message}");
+    assert!(!message.contains("prompts to answer"), "{message}");
+}
+
 fn configs() -> Vec<String> {
     let entries = fs::read_dir(root().join("configs")).unwrap();
     let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());

@@ -13,7 +13,7 @@ const SOON: Duration = Duration::from_secs(5);
 const KILLED: Duration = Duration::from_secs(10);
 
 /// Flags of `step2-self-align generate`: two rows at once, drawn at random, the same in every run.
-fn flags(folder: &Path) -> Vec<String> {
+pub(crate) fn flags(folder: &Path) -> Vec<String> {
     let path = |name: &str| folder.join(name).display().to_string();
     let mut flags = vec!["generate".to_owned()];
     for (flag, value) in [

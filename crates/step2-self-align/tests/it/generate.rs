@@ -46,9 +46,19 @@ fn every_prompt_gets_a_row_and_the_file_its_mark() {
     }
     assert_eq!(Done::check(&path).unwrap().rows, 6);
     let metrics = lines(&folder.join("metrics.jsonl"));
-    assert_eq!(metrics.len(), 7);
-    assert_eq!(metrics[6]["run"], "finished");
-    assert_eq!(metrics[6]["rows"], 6);
+    let run = metrics.last().unwrap();
+    assert_eq!((&run["run"], &run["rows"]), (&"finished".into(), &6.into()));
+    let of_rows: Vec<_> = metrics.iter().filter(|line| line["id"].is_string()).collect();
+    assert_eq!(of_rows.len(), 6);
+    assert!(of_rows.iter().all(|line| line["slot"].as_u64().unwrap() < 2), "{of_rows:?}");
+    assert!(of_rows.iter().all(|line| line["group_rank"] == 0 && line["group_size"] == 1));
+    let sum = |name: &str, lines: &mut dyn Iterator<Item = &serde_json::Value>| -> u64 {
+        lines.map(|line| line[name].as_u64().unwrap()).sum()
+    };
+    let beats = || metrics.iter().filter(|line| line["beat"].is_number());
+    assert_eq!(sum("rows", &mut beats()), 6);
+    assert_eq!(sum("tokens", &mut beats()), sum("output_tokens", &mut of_rows.iter().copied()));
+    assert!(beats().all(|line| line["slots_in_use"].as_f64().unwrap() <= 2.0));
     assert!(!folder.join("aligned.jsonl.lock").exists());
 }
 
@@ -187,6 +197,126 @@ fn ranks_that_hold_one_model_together_give_the_same_rows() {
         rows.into_iter().map(|row| (row.id, row.output)).collect::<Vec<_>>()
     });
     assert_eq!(together, alone);
+}
+
+#[test]
+fn groups_of_one_world_share_the_rows_and_each_has_a_file() {
+    let (alone, together) = (folder_of(&STORIES), folder_of(&STORIES));
+    run(args(alone.path())).unwrap();
+    let shared = GenerateArgs { tp: Some(1), ..args(together.path()) };
+    let config = GenerateConfig::try_from(shared).unwrap();
+    let stop = StopFlag::default();
+    std::thread::scope(|scope| {
+        for comm in dromedary_parallel::threads(3) {
+            let (config, stop) = (&config, &stop);
+            scope.spawn(move || {
+                let report = generate(config, &comm, 0, stop, false).unwrap();
+                assert_eq!((report.groups, report.prompts, report.answered), (3, 6, 6));
+                assert!(!report.stopped);
+            });
+        }
+    });
+    let paths: Vec<_> = (0..3)
+        .map(|group| together.path().join(format!("aligned_3shards_{group}.jsonl")))
+        .collect();
+    let mut all: Vec<AlignedResponse> = paths.iter().flat_map(|path| rows(path)).collect();
+    all.sort_by(|one, other| one.id.cmp(&other.id));
+    assert_eq!(all, rows(&alone.path().join("aligned.jsonl")));
+    let prompts: Vec<u64> = paths.iter().map(|path| Done::check(path).unwrap().prompts).collect();
+    assert_eq!(prompts, [6, 0, 0]);
+}
+
+#[test]
+fn a_stop_reaches_all_groups_and_they_end_with_the_same_report() {
+    let folder = folder_of(&STORIES);
+    let shared = GenerateArgs { tp: Some(1), ..args(folder.path()) };
+    let config = GenerateConfig::try_from(shared).unwrap();
+    std::thread::scope(|scope| {
+        for comm in dromedary_parallel::threads(2) {
+            let config = &config;
+            scope.spawn(move || {
+                // Rank 0 alone is told, and gives out nothing more.
+                let stop = StopFlag::default();
+                if dromedary_parallel::Communicator::rank(&comm) == 0 {
+                    stop.set();
+                }
+                let report = generate(config, &comm, 0, &stop, false).unwrap();
+                assert!(report.stopped && report.answered < 6, "{report:?}");
+            });
+        }
+    });
+    let report = run(args(folder.path())).unwrap();
+    assert_eq!(report.done_before + report.answered, 6);
+}
+
+#[test]
+fn rows_that_are_no_prompts_are_recorded_and_the_others_go_on() {
+    let folder = folder_of(&STORIES[..1]);
+    let folder = folder.path();
+    let text = r#"[{"instruction": 5, "input": ""}, {"instruction": "Once", "id": "x"},
+        {"instruction": "Tim", "input": ""}, {"instruction": "The sun", "id": "x"}]"#;
+    fs::write(folder.join("prompts.json"), text).unwrap();
+    let report = run(args(folder)).unwrap();
+    assert_eq!((report.answered, report.rejected), (2, 2));
+    let rows = lines(&folder.join("aligned.jsonl"));
+    let reasons: Vec<&str> = rows.iter().filter_map(|row| row["reason"].as_str()).collect();
+    assert!(reasons[0].starts_with("no prompt: row 1: invalid type: integer `5`"), "{reasons:?}");
+    assert_eq!(reasons[1], "no prompt: rows 2 and 4 have the same id \"x\"");
+    let first = rows.iter().find(|row| row["reason"].is_string()).unwrap();
+    assert_eq!(first["instruction"], r#"{"instruction": 5, "input": ""}"#);
+    // They are done, and not tried again.
+    assert_eq!(run(args(folder)).unwrap().done_before, 4);
+
+    let strict = GenerateArgs {
+        max_bad_rows: Some(0.4),
+        output_file: Some(folder.join("strict.jsonl")),
+        ..args(folder)
+    };
+    let error = run(strict).unwrap_err();
+    assert!(matches!(error, Error::BadRows { bad: 2, rows: 4, .. }), "{error}");
+    assert!(error.to_string().contains("the first is no prompt: row 1: invalid type"), "{error}");
+}
+
+#[test]
+fn blank_lines_and_doubled_rows_do_no_harm() {
+    let folder = folder_of(&STORIES);
+    let folder = folder.path();
+    run(args(folder)).unwrap();
+    let path = folder.join("aligned.jsonl");
+    let whole = rows(&path);
+    let text = fs::read_to_string(&path).unwrap();
+    let first = text.lines().next().unwrap();
+    let last = text.lines().last().unwrap();
+    let rest = text.replace(&format!("{last}\n"), "");
+    fs::write(&path, format!("\n{rest}\n\n{first}\n{}", &last[..last.len() / 2])).unwrap();
+    let report = run(args(folder)).unwrap();
+    assert_eq!((report.done_before, report.answered), (5, 1));
+    let mut again = rows(&path);
+    assert_eq!(again.len(), 7);
+    again.dedup();
+    assert_eq!(again, whole);
+    assert_eq!(Done::check(&path).unwrap().prompts, 6);
+}
+
+#[test]
+fn rows_of_any_number_of_groups_are_not_done_again() {
+    let folder = folder_of(&STORIES);
+    let folder = folder.path();
+    let group = |rank, size| GenerateArgs {
+        group_rank: Some(rank),
+        group_size: Some(size),
+        ..args(folder)
+    };
+    // Prompts 1 and 4.
+    assert_eq!(run(group(1, 3)).unwrap().answered, 2);
+    // Of 0, 2, 4 the last one is there.
+    let report = run(group(0, 2)).unwrap();
+    assert_eq!((report.prompts, report.done_before, report.answered), (3, 1, 2));
+    let report = run(args(folder)).unwrap();
+    assert_eq!((report.prompts, report.done_before, report.answered), (6, 4, 2));
+    // Other settings are seen in whatever file they are.
+    let error = run(GenerateArgs { seed: Some(9), ..group(1, 2) }).unwrap_err();
+    assert!(matches!(error, Error::OtherSettings { .. }), "{error}");
 }
 
 #[test]

@@ -16,13 +16,21 @@ mod faults;
 mod filter;
 /// Generation through the library: resume, rejected prompts, stops.
 mod generate;
+/// Somebody's own principles, from the edit to the training rows.
+mod health_adviser;
 /// Starts and watches jobs.
 #[path = "../../../parallel/tests/it/job.rs"]
 #[allow(dead_code, reason = "the crate it belongs to uses all of it")]
 mod job;
+/// Runs that are killed where they write, and what continues them.
+mod kills;
 /// From files of groups to training rows.
 mod merge;
+/// What shows a run before, while and after it: `check`, `plan`, `status`, the page.
+mod overview;
 /// The prompt texts that come with the project.
 mod prompts;
 /// Rows, folders and a small model for the others.
 mod support;
+/// Verbose cloning: its prompt, its filter, its rows.
+mod verbose;

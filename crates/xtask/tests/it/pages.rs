@@ -75,3 +75,91 @@ fn the_report_of_step_1_shows_its_numbers() {
     let drawn = drawn.filter(|rows| rows.as_u64().unwrap() > 0).count();
     assert!(drawn > 0 && shown.bars >= drawn, "{} bars of {drawn}", shown.bars);
 }
+
+/// Rows made by hand, with the metrics of a run that never was.
+fn rows_and_metrics(folder: &Path) {
+    fs::copy(dummy_data("aligned.jsonl"), folder.join("aligned.jsonl")).unwrap();
+    let beat = |second: u64| {
+        serde_json::json!({
+            "beat": second, "seconds": 1.0, "rows": 1, "tokens": 200 + (second * 37) % 60,
+            "slots_in_use": 32.0 - (second / 20) as f64, "slots": 32, "at": 1_800_000_000 + second,
+        })
+    };
+    let lines: Vec<String> = (1..=240).map(|second| beat(second).to_string() + "\n").collect();
+    fs::write(folder.join("metrics.jsonl"), lines.concat()).unwrap();
+}
+
+#[test]
+fn the_report_of_step_2_shows_its_numbers() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    rows_and_metrics(folder.path());
+    let output = program("step2-self-align")
+        .args(["merge-and-filter", "--quiet", "--allow-unfinished", "--data-file-pattern"])
+        .args([path("aligned.jsonl").as_os_str(), "--dummy-data-file".as_ref()])
+        .arg(dummy_data("identity.json"))
+        .args(["--output-file".as_ref(), path("sft.json").as_os_str()])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report = fs::read(path("merge_report.json")).unwrap();
+    let report: Value = serde_json::from_slice(&report).unwrap();
+    let page = path("report.html");
+    let picture = Path::new(env!("CARGO_TARGET_TMPDIR")).join("step2_report.png");
+    let Some(shown) = browser::shown(&page).unwrap() else {
+        eprintln!("no Chromium on the PATH: the page is read as a text");
+        let text = fs::read_to_string(&page).unwrap();
+        assert!(text.contains(&format!("<b>{}</b><span>rows</span>", report["rows"])));
+        return;
+    };
+    assert!(browser::screenshot(&page, &picture).unwrap());
+    assert!(fs::metadata(&picture).unwrap().len() > 30_000, "{} is blank", picture.display());
+
+    let sources = report["sources"].as_object().unwrap();
+    let line = |name: &str, of: &dyn Fn(&Value) -> u64, all: &Value| {
+        let cells: Vec<String> = sources.values().map(|source| of(source).to_string()).collect();
+        format!("{name}\t{}\t{all}\t", cells.join("\t"))
+    };
+    let dropped = report["dropped"].as_object().unwrap();
+    let mut expected = vec![line("kept", &|source| number(source, "kept"), &report["kept"])];
+    for (rule, rows) in dropped {
+        let of = |source: &Value| source["rules"][rule].as_u64().unwrap_or(0);
+        expected.push(line(&format!("dropped: {rule}"), &of, rows));
+    }
+    for row in expected {
+        assert!(
+            shown.text.lines().any(|line| line.starts_with(&row)),
+            "{row:?} is not in {}",
+            shown.text
+        );
+    }
+    for (place, rule) in report["citations"].as_array().unwrap().iter().enumerate() {
+        let name = format!("{} ({})", place + 1, rule["name"].as_str().unwrap());
+        let row = format!("{name}\t{}\t", rule["rows"]);
+        let cited = shown.text.lines().find(|line| line.starts_with(&row));
+        let cited = cited.unwrap_or_else(|| panic!("{row:?} is not in {}", shown.text));
+        assert!(cited.contains(&format!("{} kept", rule["kept"])), "{cited}");
+        let never = shown.text.lines().find(|line| line.contains("Never cited: ")).unwrap();
+        assert_eq!(never.contains(&name), rule["rows"] == 0, "{name} in {never}");
+    }
+    for (reason, rows) in report["finish_reasons"].as_object().unwrap() {
+        let text = match reason.as_str() {
+            "eos" => "the model ended its text",
+            "stop" => "a stop string appeared",
+            "length" => "cut by length",
+            _ => "rejected, nothing was generated",
+        };
+        assert!(shown.text.contains(&format!("{text}\t{rows}\t")), "{reason}: {rows}");
+    }
+    let words = &report["answer_words"];
+    let counts = ["kept", "dropped"].map(|part| words[part].as_array().unwrap().clone());
+    let classes = counts.iter().flatten().filter(|rows| rows.as_u64() > Some(0)).count();
+    assert!(classes > 3 && shown.bars >= classes, "{} bars of {classes}", shown.bars);
+    let tokens: u64 = (1..=240).map(|second| 200 + (second * 37) % 60).sum();
+    assert!((1000..1_000_000).contains(&tokens));
+    let grouped = format!("{},{:03}", tokens / 1000, tokens % 1000);
+    let speed =
+        format!("{grouped} tokens in 0.07 hours of groups: {:.1} tokens/s", tokens as f64 / 240.0);
+    assert!(shown.text.contains(&speed), "{speed} is not in {}", shown.text);
+    assert!(shown.text.contains("% of the slots had a row"), "{}", shown.text);
+}
