@@ -59,7 +59,7 @@ pub use error::{Error, Result};
 pub use filter::{Compat, Filter, Kept, Rule, Verdict};
 pub use generate::{GenerateConfig, GenerateReport, generate};
 pub use merge::{DroppedRow, IdentityLimit, IdentityWord, MergeConfig, merge_and_filter};
-pub use plan::{GenerationPlan, Origin, PlanConfig, RankMemory, plan};
+pub use plan::{GenerationPlan, Origin, PlanConfig, plan};
 pub use principles::{Cues, Exemplar, Form, MetaPrompt, Names, PrincipleRule, Principles};
 pub use report::{AnswerWords, CitedRule, Report, SourceReport};
 pub use shards::{Done, shard_path};

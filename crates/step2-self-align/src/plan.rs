@@ -5,7 +5,8 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use dromedary_llama::{
-    Checkpoint, Dtype, Footprint, LlamaConfig, LoadOptions, Plan as ShardPlan, select_kind,
+    Checkpoint, Dtype, Footprint, LlamaConfig, LoadOptions, Memory, Plan as ShardPlan, Workload,
+    select_kind,
 };
 use dromedary_parallel::{ParallelDims, SingleProcess, select_device};
 use dromedary_records::{FoundPrompt, read_prompts};
@@ -61,8 +62,8 @@ pub struct GenerationPlan {
     pub output_tokens: f64,
     /// How that is known: stated, measured or assumed.
     pub output_tokens_from: Origin,
-    /// What each rank of a group holds.
-    pub ranks: Vec<RankMemory>,
+    /// What each rank of a group takes, above what a process has once libtorch is loaded.
+    pub ranks: Vec<Memory>,
     /// Output tokens a second of one group; absent where nobody has stated or measured it.
     pub tokens_per_second: Option<f64>,
     /// Hours until the last group ends, absent likewise.
@@ -80,25 +81,6 @@ pub enum Origin {
     Measured,
     /// Half of `max_gen_len`.
     Assumed,
-}
-
-/// Bytes that a rank holds. What libtorch itself takes, and activations, come on top.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct RankMemory {
-    /// Weights.
-    pub weight_bytes: u64,
-    /// Keys and values of the prefix.
-    pub prefix_bytes: u64,
-    /// Keys and values of all slots at their full length.
-    pub slot_bytes: u64,
-}
-
-impl RankMemory {
-    /// All of it.
-    pub fn total(&self) -> u64 {
-        self.weight_bytes + self.prefix_bytes + self.slot_bytes
-    }
 }
 
 /// Counts rows, tokens, bytes and hours. Prompts are read and tokenised; of the model its
@@ -192,7 +174,7 @@ impl Input {
     }
 }
 
-fn memory(config: &GenerateConfig, tp: usize, prefix: u64) -> Result<Vec<RankMemory>> {
+fn memory(config: &GenerateConfig, tp: usize, prefix: u64) -> Result<Vec<Memory>> {
     let (model, stored) = model(&config.checkpoint)?;
     let shards = ShardPlan::new(&model, tp)?;
     let device = match config.device.as_str() {
@@ -200,16 +182,16 @@ fn memory(config: &GenerateConfig, tp: usize, prefix: u64) -> Result<Vec<RankMem
         name => select_device(name, 0, &SingleProcess)?,
     };
     let kind = select_kind(&config.dtype, device, stored)?;
-    let every = config.max_batch_size.saturating_mul(config.max_seq_len);
-    let slots = config.max_kv_tokens.map_or(every, |most| most.min(every)) as u64;
+    // Fewer tokens are fewer rows of the full length.
+    let rows = config.max_kv_tokens.map_or(usize::MAX, |most| (most / config.max_seq_len).max(1));
+    let workload = Workload {
+        prefix_tokens: prefix,
+        max_batch_size: config.max_batch_size.min(rows) as u64,
+        max_seq_len: config.max_seq_len as u64,
+    };
     let of_rank = |tp_rank| {
         let options = LoadOptions { device, kind, pack: true, tp_rank, tp };
-        let cost = Footprint::new(&model, &shards, &options);
-        RankMemory {
-            weight_bytes: cost.weight_bytes,
-            prefix_bytes: cost.kv_bytes(prefix),
-            slot_bytes: cost.kv_bytes(slots),
-        }
+        Footprint::new(&model, &shards, &options).memory(&workload)
     };
     Ok((0..tp).map(of_rank).collect())
 }
@@ -281,12 +263,13 @@ impl fmt::Display for GenerationPlan {
         )?;
         for (rank, memory) in self.ranks.iter().enumerate() {
             let head = if rank == 0 { "memory     " } else { "           " };
-            let [total, weights, prefix, slots] =
-                [memory.total(), memory.weight_bytes, memory.prefix_bytes, memory.slot_bytes]
-                    .map(gigabytes);
+            let Memory { weight_bytes, prefix_bytes, slot_bytes, work_bytes, peak_bytes } = *memory;
+            let [total, weights, prefix, slots, work] =
+                [peak_bytes, weight_bytes, prefix_bytes, slot_bytes, work_bytes].map(gigabytes);
             writeln!(
                 f,
-                "{head}rank {rank}: {total} GB ({weights} weights, {prefix} prefix, {slots} slots)"
+                "{head}rank {rank}: {total} GB ({weights} weights, {prefix} prefix, {slots} slots, \
+                 {work} work)"
             )?;
         }
         match (self.tokens_per_second, self.hours) {
