@@ -40,6 +40,7 @@
 //! ```
 
 mod args;
+mod byte_size;
 mod config;
 mod error;
 mod logging;
@@ -52,6 +53,7 @@ mod run;
 mod stop;
 
 pub use args::{Common, boolean, normalize_args, parse};
+pub use byte_size::ByteSize;
 pub use config::{ignored_flags, layered, print_config, required};
 pub use error::{Error, Result};
 pub use logging::init_logging;

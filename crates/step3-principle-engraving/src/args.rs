@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use dromedary_command::boolean;
+use dromedary_command::{ByteSize, boolean};
 use serde::{Deserialize, Serialize};
 
-use crate::schedule::ScheduleType;
+use crate::{activations::ActivationsMode, schedule::ScheduleType};
 
 /// Fine-tune the base model on the aligned answers, with the principles pruned away.
 ///
@@ -94,13 +94,16 @@ pub struct TrainArgs {
     /// Scale of the adapters: their product is multiplied by alpha / r [default: 16].
     #[arg(long, value_name = "ALPHA")]
     pub lora_alpha: Option<f64>,
-    /// Dropout before the adapters; only 0 is built in [default: 0].
+    /// Dropout before the adapters [default: 0].
     #[arg(long, value_name = "P")]
     pub lora_dropout: Option<f64>,
+    /// Multiply by alpha / sqrt(r) instead [default: false].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
+    pub use_rslora: Option<bool>,
     /// Layers that get adapters: `all`, or names such as q_proj,v_proj [default: all].
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub lora_modules: Vec<String>,
-    /// Train all weights instead of adapters; only false is built in [default: false].
+    /// Train all weights instead of adapters; `model/` is written then [default: false].
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
     pub full_finetune: Option<bool>,
     /// Bits of the frozen weights. They are held in --dtype; 4 and 8 are accepted with a warning,
@@ -147,7 +150,14 @@ pub struct TrainArgs {
     /// Global norm that gradients are clipped to, 0 for no clipping [default: 0.3].
     #[arg(long, value_name = "NORM")]
     pub max_grad_norm: Option<f64>,
-    /// Compute each half-block twice instead of keeping its activations [default: true].
+    /// What forward keeps for backward: keep, recompute, or auto, which keeps what fits into --max-memory
+    /// [default: recompute].
+    #[arg(long, value_name = "MODE", conflicts_with = "gradient_checkpointing")]
+    pub activations: Option<ActivationsMode>,
+    /// Memory that `--activations auto` fits into, such as 8GB [default: 90 % of what is free].
+    #[arg(long, value_name = "SIZE")]
+    pub max_memory: Option<ByteSize>,
+    /// Dromedary's switch for --activations: True is `recompute`, False is `keep`.
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
     pub gradient_checkpointing: Option<bool>,
     /// Seed of the adapters and of the order of the rows [default: 42].

@@ -9,15 +9,18 @@ use dromedary_command::{Error as CommandError, required};
 use dromedary_llama::{AdapterFile, LoraConfig};
 
 use crate::{
+    activations::ActivationsMode,
     args::{DatasetFormat, EvaluationStrategy, ReportTo, TrainArgs},
     batches::BatchConfig,
     collate::CollateConfig,
     dataset::DataConfig,
-    half_block::Keep,
     held_out::{EvalConfig, EvalEvery, EvalRows},
     optimizer::AdamWConfig,
     schedule::{Schedule, ScheduleConfig, ScheduleType, Span},
 };
+
+/// Dropout above this leaves nothing to learn from.
+const MAX_DROPOUT: f64 = 0.99;
 
 /// Where a run starts.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,8 +62,12 @@ pub struct TrainConfig {
     pub schedule: ScheduleConfig,
     /// The optimizer.
     pub adamw: AdamWConfig,
+    /// Train all weights instead of adapters.
+    pub full_finetune: bool,
     /// What forward keeps for backward.
-    pub keep: Keep,
+    pub activations: ActivationsMode,
+    /// Bytes that `ActivationsMode::Auto` fits into.
+    pub max_memory: Option<u64>,
     /// Seed of the adapters and of the order.
     pub seed: u64,
     /// Steps between log lines.
@@ -106,7 +113,6 @@ impl TrainArgs {
             lr_scheduler_type = ScheduleType::Cosine,
             weight_decay = 0.0,
             max_grad_norm = 0.3,
-            gradient_checkpointing = true,
             seed = 42,
             logging_steps = 5,
             save_steps = 500,
@@ -115,6 +121,11 @@ impl TrainArgs {
             per_device_eval_batch_size = 8,
             device = "auto".to_owned(),
         );
+        let activations = match self.gradient_checkpointing {
+            Some(false) => ActivationsMode::Keep,
+            _ => ActivationsMode::Recompute,
+        };
+        self.activations.get_or_insert(activations);
         let dtype = match (self.bf16, self.fp16) {
             (Some(true), _) => "bf16",
             (_, Some(true)) => "f16",
@@ -193,10 +204,9 @@ impl TryFrom<TrainArgs> for TrainConfig {
                 max_grad_norm: in_range(args.max_grad_norm, "max-grad-norm", 0.0, 1e9)?,
                 ..AdamWConfig::default()
             },
-            keep: match args.gradient_checkpointing {
-                Some(false) => Keep::Graph,
-                _ => Keep::Input,
-            },
+            full_finetune: required(args.full_finetune, "full-finetune")?,
+            activations: required(args.activations, "activations")?,
+            max_memory: args.max_memory.map(|size| size.0),
             seed,
             logging_steps: positive(args.logging_steps, "logging-steps")?,
             save_steps: positive(args.save_steps, "save-steps")?,
@@ -302,10 +312,14 @@ fn schedule_config(args: &TrainArgs) -> Result<ScheduleConfig, CommandError> {
 
 /// Refuses what is not built in, and warns of what changes nothing.
 fn check_switches(args: &TrainArgs) -> Result<(), CommandError> {
-    if args.full_finetune == Some(true) {
-        return Err(CommandError::usage(
-            "--full-finetune true: only adapters are trained; leave it out or give false",
-        ));
+    if args.full_finetune == Some(true) && args.lora_dropout.is_some_and(|dropout| dropout > 0.0) {
+        return Err(CommandError::usage("--lora-dropout: --full-finetune true trains no adapters"));
+    }
+    if args.full_finetune == Some(true) && args.adapter.is_some() {
+        return Err(CommandError::usage("--adapter: --full-finetune true trains no adapters"));
+    }
+    if args.max_memory.is_some() && args.activations != Some(ActivationsMode::Auto) {
+        return Err(CommandError::usage("--max-memory belongs to --activations auto"));
     }
     match args.bits {
         Some(16 | 32) | None => Ok(()),
@@ -320,21 +334,18 @@ fn check_switches(args: &TrainArgs) -> Result<(), CommandError> {
 }
 
 fn lora_config(args: &TrainArgs, checkpoint: &Path) -> Result<LoraConfig, CommandError> {
-    let dropout = required(args.lora_dropout, "lora-dropout")?;
-    if dropout != 0.0 {
-        return Err(CommandError::usage(format!("--lora-dropout {dropout}: only 0 is built in")));
-    }
+    let lora_dropout = in_range(args.lora_dropout, "lora-dropout", 0.0, MAX_DROPOUT)?;
     let base_model_name_or_path = Some(checkpoint.display().to_string());
     if let Some(path) = &args.adapter {
         let brought = brought_config(path, args)?;
-        return Ok(LoraConfig { lora_dropout: dropout, base_model_name_or_path, ..brought });
+        return Ok(LoraConfig { lora_dropout, base_model_name_or_path, ..brought });
     }
     Ok(LoraConfig {
         r: positive(args.lora_r, "lora-r")?,
         lora_alpha: in_range(args.lora_alpha, "lora-alpha", 1e-9, 1e9)?,
-        lora_dropout: dropout,
+        lora_dropout,
         target_modules: target_modules(&args.lora_modules)?,
-        use_rslora: false,
+        use_rslora: args.use_rslora.unwrap_or(false),
         base_model_name_or_path,
     })
 }
@@ -355,6 +366,10 @@ fn brought_config(path: &Path, args: &TrainArgs) -> Result<LoraConfig, CommandEr
         let brought = brought.lora_alpha.to_string();
         return Err(contradicts("lora-alpha", alpha.to_string(), brought));
     }
+    if let Some(rslora) = args.use_rslora.filter(|&rslora| rslora != brought.use_rslora) {
+        let brought = brought.use_rslora.to_string();
+        return Err(contradicts("use-rslora", rslora.to_string(), brought));
+    }
     let modules = &args.lora_modules;
     if !modules.is_empty() && target_modules(modules)? != brought.target_modules {
         let brought: Vec<_> = brought.target_modules.into_iter().collect();
@@ -364,7 +379,7 @@ fn brought_config(path: &Path, args: &TrainArgs) -> Result<LoraConfig, CommandEr
 }
 
 /// The layers that `--lora-modules` names.
-fn target_modules(names: &[String]) -> Result<BTreeSet<String>, CommandError> {
+pub(crate) fn target_modules(names: &[String]) -> Result<BTreeSet<String>, CommandError> {
     let known = LoraConfig::default().target_modules;
     if names == ["all"] {
         return Ok(known);

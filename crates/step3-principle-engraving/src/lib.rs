@@ -24,11 +24,12 @@
 //!         ..TrainArgs::default()
 //!     })?;
 //!     let summary = train(&config, &SingleProcess, &StopFlag::default())?;
-//!     assert!(summary.adapter.ends_with("adapter"));
+//!     assert!(summary.output.ends_with("adapter"));
 //!     Ok(())
 //! }
 //! ```
 
+mod activations;
 mod args;
 mod audit;
 mod batches;
@@ -45,12 +46,15 @@ mod loss;
 mod metrics;
 mod model_card;
 mod optimizer;
+mod plan;
+mod plan_command;
 mod run;
 mod schedule;
 mod tensorboard;
 mod trained;
 mod trainer;
 
+pub use activations::ActivationsMode;
 pub use args::{DatasetFormat, EvaluationStrategy, IgnoredTrainArgs, ReportTo, TrainArgs};
 pub use audit::{Audit, Side};
 pub use batches::{BatchConfig, Batches};
@@ -63,7 +67,9 @@ pub use held_out::{EvalConfig, EvalEvery, EvalRows, held_out_loss};
 pub use inspect::Inspection;
 pub use loss::{Head, HeadLoss, head_loss};
 pub use optimizer::{AdamWConfig, Entry, FlatAdamW};
-pub use run::{ADAPTER_DIR, Summary, train};
+pub use plan::{MemoryPlan, PlanInput, PlannedTraining};
+pub use plan_command::{PlanArgs, PlanReport};
+pub use run::{ADAPTER_DIR, MODEL_DIR, Summary, train};
 pub use schedule::{Schedule, ScheduleConfig, ScheduleType, Span};
 pub use trained::Trained;
 pub use trainer::{Position, StepLoss, StepMetrics, Trainer, TrainerParts};

@@ -16,6 +16,11 @@ use crate::{collate::MicroBatch, error::Result};
 /// Logits that exist at a time: 128 MiB in f32.
 const LOGITS_PER_CHUNK: i64 = 1 << 25;
 
+/// Rows of logits that exist at a time.
+pub(crate) fn logits_rows(vocab_size: i64) -> i64 {
+    (LOGITS_PER_CHUNK / vocab_size).max(1)
+}
+
 /// What the head says of one micro-batch.
 #[derive(Debug)]
 pub struct HeadLoss {
@@ -60,7 +65,7 @@ pub fn head_loss(
     let mut grad_normed = Tensor::f_zeros(normed.size(), (normed.kind(), device))?; // (N, C)
     let mut grad_head = head.leaves.map(|[_, weight]| weight.f_zeros_like()).transpose()?; // (V, C)
 
-    let chunk = (LOGITS_PER_CHUNK / model.config().vocab_size).max(1);
+    let chunk = logits_rows(model.config().vocab_size);
     let num_targets = batch.num_targets() as i64;
     let mut loss_sum = 0.0;
     for start in (0..num_targets).step_by(chunk as usize) {

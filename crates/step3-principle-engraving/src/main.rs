@@ -13,7 +13,7 @@ use dromedary_command::{
     print_config, run,
 };
 use dromedary_principle_engraving::{
-    DataConfig, Dataset, Error, Inspection, TrainArgs, TrainConfig, train,
+    DataConfig, Dataset, Error, Inspection, PlanArgs, PlanReport, TrainArgs, TrainConfig, train,
 };
 use dromedary_tokenizer::Tokenizer;
 
@@ -37,6 +37,7 @@ enum Command {
     /// histogram of lengths, and three rows as the model reads them, with the learned tokens in green. Fails as
     /// `train` would where rows have no target. Reads the table [train] of --config.
     Inspect(Box<TrainArgs>),
+    Plan(Box<PlanArgs>),
 }
 
 fn main() -> ExitCode {
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         match command {
             Command::Train(args) => run_train(&common, *args),
             Command::Inspect(args) => inspect(&common, *args),
+            Command::Plan(args) => run_plan(&common, *args),
         }
     })
 }
@@ -66,6 +68,21 @@ fn inspect(common: &Common, args: TrainArgs) -> anyhow::Result<()> {
 
 fn resolved(common: &Common, args: TrainArgs) -> anyhow::Result<TrainArgs> {
     Ok(layered("train", &["train"], args, common)?.with_defaults())
+}
+
+fn run_plan(common: &Common, args: PlanArgs) -> anyhow::Result<()> {
+    let args = layered("plan", &["plan"], args, common)?;
+    if common.print_config {
+        return Ok(print_config("plan", &args)?);
+    }
+    let threads = thread::available_parallelism().map_or(1, |threads| threads.get() as i32);
+    tch::set_num_threads(threads);
+    let report = PlanReport::new(&args)?;
+    let text = match args.json {
+        Some(true) => serde_json::to_string_pretty(&report)? + "\n",
+        _ => report.table(),
+    };
+    Ok(stdout().write_all(text.as_bytes())?)
 }
 
 fn run_train(common: &Common, args: TrainArgs) -> anyhow::Result<()> {
@@ -94,10 +111,10 @@ fn run_train(common: &Common, args: TrainArgs) -> anyhow::Result<()> {
         result => result.context("training")?,
     };
     tracing::info!(
-        "{} steps on {} rows; adapter in {}",
+        "{} steps on {} rows; result in {}",
         summary.steps,
         summary.rows,
-        summary.adapter.display()
+        summary.output.display()
     );
     Ok(())
 }

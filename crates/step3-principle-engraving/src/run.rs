@@ -5,12 +5,16 @@ use std::{fs, path::PathBuf};
 use dromedary_command::{Progress, StopFlag};
 use dromedary_files::{AtomicDir, Lock, LockOptions, Manifest, write_atomic};
 use dromedary_llama::{
-    Adapter, AdapterFile, Checkpoint, Llama, LoadOptions, check_tokenizer, select_kind,
+    Adapter, AdapterFile, Checkpoint, Llama, LlamaConfig, LoadOptions, SaveOptions,
+    check_tokenizer, select_kind,
 };
 use dromedary_parallel::{Communicator, select_device};
 use dromedary_tokenizer::Tokenizer;
 
+use tch::{Kind, no_grad};
+
 use crate::{
+    activations::peak_memory,
     batches::Batches,
     checkpoint::{self, TrainerState},
     collate::Example,
@@ -21,6 +25,7 @@ use crate::{
     held_out::{self, held_out_loss},
     metrics::{CURVES_FILE, Journal, Line, METRICS_FILE, Older},
     model_card::{Inputs, ModelCard},
+    plan::{MemoryPlan, PlanInput, PlannedTraining},
     schedule::Schedule,
     trained::Trained,
     trainer::{StepMetrics, Trainer, TrainerParts},
@@ -29,12 +34,14 @@ use crate::{
 /// Name of the folder under the output folder that holds the finished adapter.
 pub const ADAPTER_DIR: &str = "adapter";
 const CARD_FILE: &str = "README.md";
+/// Name of the folder under the output folder that holds the trained model, where weights are trained.
+pub const MODEL_DIR: &str = "model";
 
 /// What a finished run says.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
-    /// The adapter, in PEFT's format.
-    pub adapter: PathBuf,
+    /// The adapter, in PEFT's format; where weights are trained, the model.
+    pub output: PathBuf,
     /// Optimizer steps of the whole run.
     pub steps: u64,
     /// Rows that were trained on.
@@ -78,10 +85,15 @@ pub fn train(config: &TrainConfig, comm: &dyn Communicator, stop: &StopFlag) -> 
     let device = select_device(&config.device, comm.rank(), comm)?;
     let kind = select_kind(&config.dtype, device, base.dtype())?;
     let config_hash = config_hash(config, &schedule, &format!("{inputs:?} {kind:?}"), &examples);
-    // Packed weights do not pay for the many tokens of a training batch.
+    // The trainer packs what it multiplies for the moment, as weights may change.
     let load = LoadOptions { device, kind, pack: false, ..LoadOptions::default() };
     let mut model = Llama::load(&base, &load)?;
-    let mut trained = Trained::attach(&mut model, &config.lora, config.adamw.clone(), config.seed)?;
+    let kept_layers = kept_layers(config, base.config(), kind, &examples)?;
+    let adamw = config.adamw.clone();
+    let mut trained = match config.full_finetune {
+        true => Trained::take_weights(&mut model, adamw)?,
+        false => Trained::attach(&mut model, &config.lora, adamw, config.seed)?,
+    };
     if let Some(path) = &config.adapter {
         AdapterFile::open(path)?.check_fits(model.config())?;
         start_from(&Adapter::open(path)?, &mut trained)?;
@@ -93,14 +105,14 @@ pub fn train(config: &TrainConfig, comm: &dyn Communicator, stop: &StopFlag) -> 
         trained = trained.optimizer.num_parameters(),
         "training"
     );
-    let (keep, examples) = (config.keep, examples.as_slice());
+    let examples = examples.as_slice();
     let parts = TrainerParts {
         model: &model,
         trained,
         examples,
         batches,
         schedule: schedule.clone(),
-        keep,
+        kept_layers,
         comm,
     };
     let mut trainer = Trainer::new(parts);
@@ -122,9 +134,13 @@ pub fn train(config: &TrainConfig, comm: &dyn Communicator, stop: &StopFlag) -> 
         num_parameters: trainer.trained().optimizer.num_parameters(),
         lines: journal.lines(),
     };
-    let adapter = publish_adapter(config, trainer.trained(), &card)?;
+    let output = match config.full_finetune {
+        true => publish_model(config, &base, &model, &card, comm)?,
+        false => publish_adapter(config, trainer.trained(), &card)?,
+    };
+    tracing::info!(megabytes = peak_memory().map(|bytes| bytes >> 20), "peak memory");
     let last = journal.lines().last().map(|line| line.step.clone());
-    Ok(Summary { adapter, steps: total_steps, rows: examples.len(), last })
+    Ok(Summary { output, steps: total_steps, rows: examples.len(), last })
 }
 
 /// Rows as tokens. Rows that teach nothing are refused by name, or left out where asked for.
@@ -161,7 +177,7 @@ fn config_hash(
     let settings = format!(
         "{:?}",
         (
-            (&config.lora.r, config.lora.lora_alpha, &config.lora.target_modules),
+            (&config.lora, config.full_finetune),
             (&config.batches, schedule, &config.adamw, config.seed),
             inputs,
         )
@@ -183,6 +199,54 @@ fn resume_from(config: &TrainConfig) -> Result<Option<PathBuf>> {
         Resume::Never => Ok(None),
         Resume::From(path) => Ok(Some(path.clone())),
     }
+}
+
+/// The layers whose activations are kept, for the longest rows.
+fn kept_layers(
+    config: &TrainConfig,
+    model: &LlamaConfig,
+    kind: Kind,
+    examples: &[Example],
+) -> Result<usize> {
+    let mut longest: Vec<_> =
+        examples.iter().map(|row| (row.input_ids.len(), row.num_targets())).collect();
+    longest.sort_unstable_by(|a, b| b.cmp(a));
+    longest.truncate(config.batches.batch_size);
+    let training = match config.full_finetune {
+        true => PlannedTraining::Weights,
+        false => PlannedTraining::Adapters(config.lora.clone()),
+    };
+    let input = PlanInput {
+        config: model,
+        kind,
+        training,
+        tokens: longest.iter().map(|&(tokens, _)| tokens as u64).sum(),
+        targets: longest.iter().map(|&(_, targets)| targets as u64).sum(),
+        kept_layers: 0,
+    };
+    let kept_layers = config.activations.kept_layers(&input, config.max_memory)?;
+    let plan = MemoryPlan::new(&PlanInput { kept_layers, ..input })?;
+    tracing::info!(kept_layers, megabytes = plan.total() >> 20, "planned memory");
+    Ok(kept_layers)
+}
+
+/// Writes the trained model as a checkpoint of its own, in the kinds of the base's tensors.
+fn publish_model(
+    config: &TrainConfig,
+    base: &Checkpoint,
+    model: &Llama,
+    card: &ModelCard<'_>,
+    comm: &dyn Communicator,
+) -> Result<PathBuf> {
+    let path = config.output_dir.join(MODEL_DIR);
+    if path.exists() {
+        // Of an earlier run, whose last checkpoint holds the same; it would be made again.
+        fs::remove_dir_all(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
+    }
+    no_grad(|| model.save(base.specs()?, &SaveOptions::new(&path, &config.checkpoint), comm))?;
+    // Beside it: the folder's manifest is of what `llama` reads.
+    write_atomic(config.output_dir.join(CARD_FILE), card.to_string().as_bytes())?;
+    Ok(path)
 }
 
 fn publish_adapter(

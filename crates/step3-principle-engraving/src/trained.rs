@@ -186,9 +186,20 @@ impl Trained {
         }
     }
 
+    /// Number of leaves.
+    pub fn num_leaves(&self) -> usize {
+        self.leaves.len()
+    }
+
     /// The leaf that the model computes with.
     pub fn leaf(&self, leaf: usize) -> &Tensor {
         &self.leaves[leaf].tensor
+    }
+
+    /// The value behind a leaf, in f32, sharing the optimizer's memory.
+    pub fn value(&self, leaf: usize) -> Tensor {
+        let Leaf { tensor, entries, .. } = &self.leaves[leaf];
+        self.optimizer.joined(entries.clone(), &tensor.size())
     }
 
     /// Adds to the gradient of a leaf.

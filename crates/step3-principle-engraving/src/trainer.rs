@@ -108,7 +108,7 @@ pub struct Trainer<'a> {
     examples: &'a [Example],
     batches: Batches,
     schedule: Schedule,
-    keep: Keep,
+    kept_layers: usize,
     closed_form: Option<ClosedForm>,
     comm: &'a dyn Communicator,
     position: Position,
@@ -126,8 +126,8 @@ pub struct TrainerParts<'a> {
     pub batches: Batches,
     /// Learning rates.
     pub schedule: Schedule,
-    /// What forward keeps.
-    pub keep: Keep,
+    /// The layers whose activations forward keeps, the first ones; the others are computed twice.
+    pub kept_layers: usize,
     /// The ranks that share the model.
     pub comm: &'a dyn Communicator,
 }
@@ -135,7 +135,7 @@ pub struct TrainerParts<'a> {
 impl<'a> Trainer<'a> {
     /// A trainer before its first step.
     pub fn new(parts: TrainerParts<'a>) -> Self {
-        let TrainerParts { model, trained, examples, batches, schedule, keep, comm } = parts;
+        let TrainerParts { model, trained, examples, batches, schedule, kept_layers, comm } = parts;
         let leaves = (0..model.layers().len())
             .flat_map(|layer| [Half::Attention, Half::Mlp].map(|half| (layer, half)))
             .map(|(layer, half)| trained.leaves_of(layer, half))
@@ -148,7 +148,7 @@ impl<'a> Trainer<'a> {
             examples,
             batches,
             schedule,
-            keep,
+            kept_layers,
             comm,
             position: Position::default(),
         }
@@ -277,8 +277,9 @@ impl<'a> Trainer<'a> {
 
         let mut hidden = no_grad(|| self.model.embed(&batch.input_ids))?; // (T, C)
         let mut saved = Vec::with_capacity(half_blocks.len());
-        for half_block in &half_blocks {
-            let (output, left) = half_block.forward(&hidden, self.keep, self.comm)?;
+        for (index, half_block) in half_blocks.iter().enumerate() {
+            let keep = if index / 2 < self.kept_layers { Keep::Graph } else { Keep::Input };
+            let (output, left) = half_block.forward(&hidden, keep, self.comm)?;
             hidden = output;
             saved.push(left);
         }

@@ -1,10 +1,10 @@
 use std::path::PathBuf;
 
 use anyhow::Context;
-use dromedary_command::{Common, Error, boolean, ignored_flags, required};
+use dromedary_command::{ByteSize, Common, Error, boolean, ignored_flags, required};
 use serde::{Deserialize, Serialize};
 
-use super::{byte_size::ByteSize, settings, watched::Watched};
+use super::{settings, watched::Watched};
 use crate::{
     CheckpointFormat, ConvertOptions, checkpoint::DEFAULT_MAX_SHARD_SIZE, convert::convert,
 };

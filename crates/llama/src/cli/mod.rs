@@ -1,6 +1,5 @@
 //! The program `llama`: one module per subcommand, each with its flags and its settings.
 
-mod byte_size;
 mod complete;
 mod convert;
 mod inspect;

@@ -1,9 +1,9 @@
 use std::path::PathBuf;
 
-use dromedary_command::{Common, Error, boolean, required};
+use dromedary_command::{ByteSize, Common, Error, boolean, required};
 use serde::{Deserialize, Serialize};
 
-use super::{byte_size::ByteSize, settings, watched::Watched};
+use super::{settings, watched::Watched};
 use crate::{QuantizeOptions, checkpoint::DEFAULT_MAX_SHARD_SIZE, quantize::quantize};
 
 /// Store a checkpoint's linear layers in four bits: NF4 with double quantisation.

@@ -5,7 +5,7 @@
 
 // Shapes: M x K is the left factor, K x N the right one.
 
-use std::ops::Range;
+use std::{fmt, ops::Range};
 
 use super::simd::{
     Columns, Kernel, Level, MAX_ROWS, MAX_UNITS, Product, Simd, UNIT, Units, even_parts,
@@ -119,9 +119,15 @@ impl<'a> Target<'a> {
 }
 
 /// The right factor in panels `(N / 16, K, 16)`, times a number; kept to be filled again.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Panels {
     values: Vec<f32>,
+}
+
+impl fmt::Debug for Panels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Panels({})", self.values.len())
+    }
 }
 
 /// `target (+)= alpha a b`.

@@ -7,7 +7,7 @@ use std::{
 use dromedary_llama::{Adapter, Llama};
 use dromedary_parallel::SingleProcess;
 use dromedary_principle_engraving::{
-    AdamWConfig, BatchConfig, Batches, Example, Keep, Schedule, ScheduleType, Trained, Trainer,
+    AdamWConfig, BatchConfig, Batches, Example, Schedule, ScheduleType, Trained, Trainer,
     TrainerParts,
 };
 use safetensors::{Dtype, SafeTensors};
@@ -101,7 +101,7 @@ fn trainer<'a>(
         examples,
         batches: Batches::new(config, vec![1; examples.len()]),
         schedule: Schedule::new(ScheduleType::Cosine, 1e-3, 0.03, 20),
-        keep: Keep::Input,
+        kept_layers: 0,
         comm: &SingleProcess,
     })
 }

@@ -1,11 +1,14 @@
-use dromedary_llama::{ClosedForm, Llama, block};
+use dromedary_llama::{ClosedForm, Llama, LoraConfig, block};
 use dromedary_parallel::SingleProcess;
 use dromedary_principle_engraving::{
-    Example, Half, HalfBlock, Head, Keep, MicroBatch, Trained, head_loss,
+    AdamWConfig, Example, Half, HalfBlock, Head, Keep, MicroBatch, Trained, head_loss,
 };
 use tch::{Kind, Tensor, no_grad};
 
 use crate::support;
+
+/// Of the largest gradient of a matrix: some roundings of f32 through five layers.
+const TOLERANCE: f64 = 5e-5;
 
 fn rows() -> MicroBatch {
     let row = |example_id, input_ids: Vec<u32>, learn_from| Example {
@@ -21,14 +24,25 @@ fn rows() -> MicroBatch {
     ])
 }
 
-/// Loss and gradients of all entries, half-block by half-block.
+/// Rows long enough that adapters are added to the weights for the moment.
+fn long_rows() -> MicroBatch {
+    let row = |example_id: u64, length: u64| Example {
+        example_id,
+        input_ids: (0..length).map(|at| ((at * 37 + example_id * 11) % 500 + 3) as u32).collect(),
+        learn_from: 5,
+        truncated_left: 0,
+        truncated_right: 0,
+    };
+    MicroBatch::new(&[row(1, 130), row(2, 200), row(3, 90)])
+}
+
+/// Loss and gradients of all leaves, half-block by half-block.
 fn by_half_blocks(
-    model: &Llama,
-    trained: &Trained,
+    (model, trained): (&Llama, &Trained),
+    batch: &MicroBatch,
     keep: Keep,
     closed_form: Option<&ClosedForm>,
 ) -> (f64, Vec<Tensor>) {
-    let batch = rows();
     let rotary_at = model.rotary_at(&batch.positions()).unwrap();
     let mut blocks = Vec::new();
     for (index, layer) in model.layers().iter().enumerate() {
@@ -56,7 +70,7 @@ fn by_half_blocks(
     .unwrap();
     let mut gradient = head.grad_hidden;
     let mut gradients: Vec<Option<Tensor>> = Vec::new();
-    gradients.resize_with(trained.optimizer.entries().len(), || None);
+    gradients.resize_with(trained.num_leaves(), || None);
     for ((block, entries), saved) in blocks.iter().zip(saved).rev() {
         let leaves: Vec<_> = entries.iter().map(|&entry| trained.leaf(entry)).collect();
         let (grad_input, parts) =
@@ -70,8 +84,7 @@ fn by_half_blocks(
 }
 
 /// The same by libtorch's autograd through one graph and its own cross-entropy.
-fn by_one_graph(model: &Llama, trained: &Trained) -> (f64, Vec<Tensor>) {
-    let batch = rows();
+fn by_one_graph(model: &Llama, trained: &Trained, batch: &MicroBatch) -> (f64, Vec<Tensor>) {
     let rotary_at = model.rotary_at(&batch.positions()).unwrap();
     let mut x = model.embed(&batch.input_ids).unwrap();
     for layer in model.layers() {
@@ -84,8 +97,7 @@ fn by_one_graph(model: &Llama, trained: &Trained) -> (f64, Vec<Tensor>) {
     let logits = model.head(&model.final_norm(&x)).unwrap();
     let logits = logits.index_select(0, &Tensor::from_slice(&batch.predict_at));
     let loss = logits.cross_entropy_for_logits(&Tensor::from_slice(&batch.targets));
-    let leaves: Vec<_> =
-        (0..trained.optimizer.entries().len()).map(|entry| trained.leaf(entry)).collect();
+    let leaves: Vec<_> = (0..trained.num_leaves()).map(|leaf| trained.leaf(leaf)).collect();
     let gradients = Tensor::run_backward(&[&loss], &leaves, false, false);
     (loss.double_value(&[]), gradients)
 }
@@ -106,17 +118,88 @@ fn ways(model: &Llama) -> [Option<ClosedForm>; 2] {
     [None, form]
 }
 
+fn same_gradients(model: &Llama, trained: &Trained, batch: &MicroBatch) {
+    let (want_loss, want) = by_one_graph(model, trained, batch);
+    for form in ways(model) {
+        let (loss, got) = by_half_blocks((model, trained), batch, Keep::Input, form.as_ref());
+        let way = form.is_some();
+        assert!((loss - want_loss).abs() < 1e-5 * want_loss, "{way} {loss} {want_loss}");
+        let difference = largest_relative_difference(&got, &want);
+        assert!(difference < TOLERANCE, "{way} {difference}");
+    }
+}
+
+#[test]
+fn adapters_added_to_the_weights_for_the_moment_give_the_same_gradients() {
+    let mut model = support::load(&support::stories260k());
+    let trained = support::attach_random(&mut model, 4);
+    same_gradients(&model, &trained, &long_rows());
+}
+
+#[test]
+fn dropout_draws_the_same_masks_forward_backward_and_in_one_graph() {
+    let mut model = support::load(&support::stories260k());
+    let config = LoraConfig { lora_dropout: 0.3, ..support::lora_config(4) };
+    let trained = Trained::attach(&mut model, &config, AdamWConfig::default(), 7).unwrap();
+    support::add_noise(&trained);
+    let loss = |number| {
+        trained.set_draw(number);
+        same_gradients(&model, &trained, &rows());
+        by_one_graph(&model, &trained, &rows()).0
+    };
+    let losses = [None, Some(1), Some(2), Some(1)].map(loss);
+    assert!(losses[0] != losses[1] && losses[1] != losses[2], "{losses:?}");
+    assert_eq!(losses[1], losses[3]);
+}
+
+#[test]
+fn a_few_target_modules_get_their_gradients() {
+    let mut model = support::load(&support::stories260k());
+    let target_modules = ["v_proj", "up_proj"].map(String::from).into();
+    let config = LoraConfig { target_modules, use_rslora: true, ..support::lora_config(4) };
+    let trained = Trained::attach(&mut model, &config, AdamWConfig::default(), 7).unwrap();
+    support::add_noise(&trained);
+    assert_eq!(trained.num_leaves(), 2 * 2 * model.layers().len());
+    same_gradients(&model, &trained, &rows());
+    same_gradients(&model, &trained, &long_rows());
+}
+
+#[test]
+fn all_weights_get_the_gradients_of_one_graph() {
+    for kept_layers in [0, 2, usize::MAX] {
+        let mut model = support::load(&support::stories260k());
+        let trained = Trained::take_weights(&mut model, AdamWConfig::default()).unwrap();
+        let batch = long_rows();
+        let (want_loss, want) = by_one_graph(&model, &trained, &batch);
+        let examples = batch_examples(&batch);
+        let mut trainer = support::trainer(&model, trained, &examples, kept_layers);
+        let got = trainer.forward_backward().unwrap();
+        assert!((got.loss - want_loss).abs() < 1e-5 * want_loss, "{} {want_loss}", got.loss);
+        let trained = trainer.trained();
+        let got: Vec<_> = (0..trained.num_leaves()).map(|leaf| trained.gradient(leaf)).collect();
+        let difference = largest_relative_difference(&got, &want);
+        assert!(difference < TOLERANCE, "{difference}");
+    }
+}
+
+/// The rows of a micro-batch in which all but the first five tokens are learned.
+fn batch_examples(batch: &MicroBatch) -> Vec<Example> {
+    let mut ids = &batch.input_ids[..];
+    let rows = batch.lengths.iter().zip(&batch.example_ids);
+    rows.map(|(&length, &example_id)| {
+        let (row, rest) = ids.split_at(length as usize);
+        ids = rest;
+        let input_ids = row.to_vec();
+        Example { example_id, input_ids, learn_from: 5, truncated_left: 0, truncated_right: 0 }
+    })
+    .collect()
+}
+
 #[test]
 fn half_blocks_give_the_gradients_of_one_graph() {
     let mut model = support::load(&support::stories260k());
     let trained = support::attach_random(&mut model, 4);
-    let (want_loss, want) = by_one_graph(&model, &trained);
-    for form in ways(&model) {
-        let (loss, got) = by_half_blocks(&model, &trained, Keep::Input, form.as_ref());
-        assert!((loss - want_loss).abs() < 1e-5 * want_loss, "{form:?} {loss} {want_loss}");
-        let difference = largest_relative_difference(&got, &want);
-        assert!(difference < 1e-5, "{form:?} {difference}");
-    }
+    same_gradients(&model, &trained, &rows());
 }
 
 #[test]
@@ -124,8 +207,9 @@ fn kept_and_recomputed_graphs_agree_to_the_bit() {
     let mut model = support::load(&support::stories260k());
     let trained = support::attach_random(&mut model, 4);
     for form in ways(&model) {
-        let (loss, kept) = by_half_blocks(&model, &trained, Keep::Graph, form.as_ref());
-        let (loss_again, recomputed) = by_half_blocks(&model, &trained, Keep::Input, form.as_ref());
+        let (loss, kept) = by_half_blocks((&model, &trained), &rows(), Keep::Graph, form.as_ref());
+        let (loss_again, recomputed) =
+            by_half_blocks((&model, &trained), &rows(), Keep::Input, form.as_ref());
         assert_eq!(loss, loss_again);
         assert!(kept.iter().zip(&recomputed).all(|(one, other)| one == other));
     }

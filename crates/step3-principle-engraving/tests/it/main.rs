@@ -8,5 +8,8 @@ mod goldens; // PEFT's gradients and losses
 mod gradients; // half-blocks and head against one whole graph
 mod inspect; // what a data set holds, before any step
 mod job; // a run as a user starts it
+mod memory; // what a run takes, planned and measured
+mod modes; // adapters, dropout, all weights, activations, plans: by their flags
 mod results; // what a run leaves: metrics, curves, card, held-out losses, schedules
+mod steps; // whole optimizer steps: PEFT's losses, accumulation, numbers that are not finite
 mod support; // a small real model and rows to train on

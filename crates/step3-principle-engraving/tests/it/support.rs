@@ -1,7 +1,12 @@
 use std::path::{Path, PathBuf};
 
 use dromedary_llama::{Checkpoint, Llama, LoadOptions, LoraConfig};
-use dromedary_principle_engraving::{AdamWConfig, Trained};
+use dromedary_parallel::SingleProcess;
+use dromedary_principle_engraving::{
+    AdamWConfig, BatchConfig, Batches, Example, Schedule, ScheduleType, Trained, Trainer,
+    TrainerParts,
+};
+use tch::Kind;
 
 /// stories260k: a real trained LLaMA of 260,032 parameters with grouped-query attention.
 pub(crate) fn stories260k() -> PathBuf {
@@ -9,8 +14,12 @@ pub(crate) fn stories260k() -> PathBuf {
 }
 
 pub(crate) fn load(dir: &Path) -> Llama {
+    load_as(dir, Kind::Float)
+}
+
+pub(crate) fn load_as(dir: &Path, kind: Kind) -> Llama {
     tch::set_num_threads(1);
-    let options = LoadOptions { pack: false, ..LoadOptions::default() };
+    let options = LoadOptions { pack: false, kind, ..LoadOptions::default() };
     Llama::load(&Checkpoint::open(dir).unwrap(), &options).unwrap()
 }
 
@@ -21,12 +30,40 @@ pub(crate) fn lora_config(r: i64) -> LoraConfig {
 /// Adapters on all layers with A and B both random, so that no gradient is 0 by construction.
 pub(crate) fn attach_random(model: &mut Llama, r: i64) -> Trained {
     let trained = Trained::attach(model, &lora_config(r), AdamWConfig::default(), 7).unwrap();
+    add_noise(&trained);
+    trained
+}
+
+pub(crate) fn add_noise(trained: &Trained) {
     tch::manual_seed(11);
     tch::no_grad(|| {
-        for entry in 0..trained.optimizer.entries().len() {
-            let noise = trained.leaf(entry).randn_like() * 0.05;
-            let _ = trained.leaf(entry).detach().g_add_(&noise);
+        for leaf in 0..trained.num_leaves() {
+            let noise = trained.leaf(leaf).randn_like() * 0.05;
+            let _ = trained.leaf(leaf).detach().g_add_(&noise);
         }
     });
-    trained
+}
+
+/// A trainer whose one step sees all rows at once.
+pub(crate) fn trainer<'a>(
+    model: &'a Llama,
+    trained: Trained,
+    examples: &'a [Example],
+    kept_layers: usize,
+) -> Trainer<'a> {
+    let batches = BatchConfig {
+        batch_size: examples.len(),
+        accumulation_steps: 1,
+        group_by_length: false,
+        seed: 0,
+    };
+    Trainer::new(TrainerParts {
+        model,
+        trained,
+        examples,
+        batches: Batches::new(batches, vec![1; examples.len()]),
+        schedule: Schedule::new(ScheduleType::Constant, 1e-3, 0.0, 100),
+        kept_layers,
+        comm: &SingleProcess,
+    })
 }

@@ -9,16 +9,19 @@
 // sum of the ranks of its parts, H = query heads and KV = K/V heads of this rank, D = head_dim, F = this
 // rank's columns of intermediate_size.
 
-use std::{cell::RefCell, ops::Range};
+mod factors;
+mod linear;
+
+use std::cell::RefCell;
 
 use dromedary_torch_ext::{F32Buffer, Rows};
-use tch::{Device, Kind, Tensor, no_grad};
+use linear::{Through, dense, matrix};
+use tch::{Device, Kind, Tensor};
 
 use crate::{
-    Linear, Llama, LoraDropout, Result, RmsNorm, RotaryAt, Weight,
+    Linear, Llama, Result, RmsNorm, RotaryAt,
     block::Layer,
-    dropout::Mask,
-    kernels::{Buffer, Kernels, Matrix, Panels, QkvRows, Target, Workspace},
+    kernels::{Buffer, Kernels, Panels, QkvRows, Workspace},
 };
 
 /// Forward and backward of layers in f32 on a CPU, with the memory that they use again and again.
@@ -26,6 +29,8 @@ use crate::{
 pub struct ClosedForm {
     kernels: Kernels,
     workspace: Workspace,
+    /// Weights that adapters are added to.
+    weights: Workspace,
     panels: RefCell<Panels>,
     trains_weights: bool,
 }
@@ -77,6 +82,7 @@ impl ClosedForm {
         fits.then(|| Self {
             kernels: Kernels::detect(),
             workspace: Workspace::default(),
+            weights: Workspace::default(),
             panels: RefCell::default(),
             trains_weights,
         })
@@ -251,11 +257,8 @@ impl ClosedForm {
     /// As [`ClosedForm::attention`].
     pub fn project_backward(&self, linear: &Linear, grad: &Tensor) -> Result<Tensor> {
         let grad = grad.f_contiguous()?;
-        let rows = Rows::of(&grad)?;
-        let mut grad_x = F32Buffer::zeros(&[rows.len() as i64, linear.weight.size().1])?;
         let weight = dense(&linear.weight)?;
-        self.multiply((matrix(&grad)?, matrix(&weight)?, 1.0), whole(&mut grad_x))?;
-        Ok(grad_x.into_tensor())
+        self.product(matrix(&grad)?, matrix(&weight)?)
     }
 
     /// Adds the gradient of a layer's weight, `grad^T x`, to `sum`.
@@ -267,10 +270,7 @@ impl ClosedForm {
     /// As [`ClosedForm::attention`].
     pub fn add_weight_gradient(&self, x: &Tensor, grad: &Tensor, sum: &mut Tensor) -> Result<()> {
         let (x, grad) = (x.f_contiguous()?, grad.f_contiguous()?);
-        let (out, depth) = sum.size2()?;
-        let mut of_weight = F32Buffer::zeros(&[out, depth])?;
-        self.multiply((matrix(&grad)?.t(), matrix(&x)?, 1.0), whole(&mut of_weight))?;
-        let _ = sum.f_add_(&of_weight.into_tensor())?;
+        let _ = sum.f_add_(&self.product(matrix(&grad)?.t(), matrix(&x)?)?)?;
         Ok(())
     }
 
@@ -288,151 +288,12 @@ impl ClosedForm {
         Ok(gated)
     }
 
-    fn multiply(&self, factors: (Matrix<'_>, Matrix<'_>, f32), target: Target<'_>) -> Result<()> {
-        self.kernels.multiply(factors, target, &mut self.panels.borrow_mut())
-    }
-
     /// A layer's result as a tensor of its own, and the low-rank values of its adapters.
     fn output(&self, linear: &Linear, x: &[f32]) -> Result<(Tensor, Option<Buffer>)> {
         let (out, depth) = linear.weight.size();
         let mut result = F32Buffer::zeros(&[(x.len() / depth as usize) as i64, out])?;
         let low = self.linear(linear, x, result.values_mut())?;
         Ok((result.into_tensor(), low))
-    }
-
-    /// `out = x W^T`, plus the adapter of each part; gives the low-rank values of the adapters.
-    fn linear(&self, linear: &Linear, x: &[f32], out: &mut [f32]) -> Result<Option<Buffer>> {
-        let weight = dense(&linear.weight)?;
-        let weight = matrix(&weight)?;
-        let (columns, depth) = linear.weight.size();
-        let (columns, depth) = (columns as usize, depth as usize);
-        let x = Matrix::new(x, [x.len() / depth, depth], depth);
-        self.multiply((x, weight.t(), 1.0), Target::new(out, columns))?;
-        let factors = Factors::of(linear)?;
-        let Some(low) = self.low(&factors, x)? else { return Ok(None) };
-        for of in &factors.parts {
-            let low = factors.low(&low).columns(of.low.clone());
-            let factors = (low, matrix(&of.b)?.t(), 1.0);
-            let target = Target::new(out, columns).columns(of.rows.clone());
-            self.multiply(factors, target.accumulate())?;
-        }
-        Ok(Some(low))
-    }
-
-    /// `scaling x A^T` of each adapter: `(T, R)`.
-    fn low(&self, factors: &Factors, x: Matrix<'_>) -> Result<Option<Buffer>> {
-        if factors.width == 0 {
-            return Ok(None);
-        }
-        let mut low = self.workspace.take(x.rows_len(), factors.width)?;
-        for of in &factors.parts {
-            let target = Target::new(&mut low, factors.width).columns(of.low.clone());
-            let dropped = self.dropped(of, x)?;
-            let x = dropped.as_deref().map_or(x, |dropped| x.like(dropped));
-            self.multiply((x, matrix(&of.a)?.t(), of.scaling), target)?;
-        }
-        Ok(Some(low))
-    }
-
-    /// The input of an adapter, where dropout changes it.
-    fn dropped(&self, of: &PartFactors, x: Matrix<'_>) -> Result<Option<Buffer>> {
-        let Some(mask) = of.mask else { return Ok(None) };
-        let mut dropped = self.workspace.take(x.rows_len(), x.columns_len())?;
-        dropped.copy_from_slice(x.contiguous());
-        self.kernels.apply_mask(mask, x.columns_len(), &mut dropped)?;
-        Ok(Some(dropped))
-    }
-
-    /// The gradient of the input, `(T, I)`, and those of what the layer trains.
-    fn linear_backward(
-        &self,
-        linear: &Linear,
-        through: Through<'_>,
-        grad_x: &mut [f32],
-        trained: &mut Vec<Tensor>,
-    ) -> Result<()> {
-        let (columns, depth) = linear.weight.size();
-        let (columns, depth) = (columns as usize, depth as usize);
-        let tokens = through.grad.len() / columns;
-        let x = Matrix::new(through.input, [tokens, depth], depth);
-        let grad = Matrix::new(through.grad, [tokens, columns], columns);
-        let weight = dense(&linear.weight)?;
-        self.multiply((grad, matrix(&weight)?, 1.0), Target::new(grad_x, depth))?;
-        if self.trains_weights {
-            let mut of_weight = F32Buffer::zeros(&[columns as i64, depth as i64])?;
-            self.multiply((grad.t(), x, 1.0), whole(&mut of_weight))?;
-            trained.push(of_weight.into_tensor());
-            return Ok(());
-        }
-        let factors = Factors::of(linear)?;
-        let low = match through.low {
-            Some(low) => Some(low),
-            None => self.low(&factors, x)?,
-        };
-        let Some(low) = low else { return Ok(()) };
-        let mut grad_low = self.workspace.take(tokens, factors.width)?; // (T, R)
-        for of in &factors.parts {
-            let target = Target::new(&mut grad_low, factors.width).columns(of.low.clone());
-            let grad = grad.columns(of.rows.clone());
-            self.multiply((grad, matrix(&of.b)?, of.scaling), target)?;
-        }
-        let grad_low = factors.low(&grad_low);
-        let of_a = if factors.parts.iter().any(|of| of.mask.is_some()) {
-            self.masked_gradients(&factors, (x, grad_low), grad_x)?
-        } else {
-            let mut stacked = Vec::with_capacity(factors.width * depth); // (R, I)
-            for of in &factors.parts {
-                stacked.extend_from_slice(Rows::of(&of.a)?.values());
-            }
-            let stacked = Matrix::new(&stacked, [factors.width, depth], depth);
-            self.multiply((grad_low, stacked, 1.0), Target::new(grad_x, depth).accumulate())?;
-            // As (I, R), which is read along the long side; each A is a transposed part of it.
-            let mut of_a = F32Buffer::zeros(&[depth as i64, factors.width as i64])?;
-            self.multiply((x.t(), grad_low, 1.0), whole(&mut of_a))?;
-            let of_a = of_a.into_tensor();
-            let part = |of: &PartFactors| {
-                Ok(of_a.f_narrow(1, of.low.start as i64, of.low.len() as i64)?.tr())
-            };
-            factors.parts.iter().map(part).collect::<Result<_>>()?
-        };
-        for (of, of_a) in factors.parts.iter().zip(of_a) {
-            let mut of_b = F32Buffer::zeros(&[of.rows.len() as i64, of.low.len() as i64])?;
-            let low = factors.low(&low).columns(of.low.clone());
-            let grad = grad.columns(of.rows.clone());
-            self.multiply((grad.t(), low, 1.0), whole(&mut of_b))?;
-            trained.extend([of_a, of_b.into_tensor()]);
-        }
-        Ok(())
-    }
-
-    /// The gradients of A under dropout, where each adapter has an input of its own; what passes back
-    /// through the adapters is added to `grad_x`.
-    fn masked_gradients(
-        &self,
-        factors: &Factors,
-        (x, grad_low): (Matrix<'_>, Matrix<'_>),
-        grad_x: &mut [f32],
-    ) -> Result<Vec<Tensor>> {
-        let (tokens, depth) = (x.rows_len(), x.columns_len());
-        let mut of_a = Vec::with_capacity(factors.parts.len());
-        for of in &factors.parts {
-            let grad_low = grad_low.columns(of.low.clone());
-            let dropped = self.dropped(of, x)?;
-            let x = dropped.as_deref().map_or(x, |dropped| x.like(dropped));
-            let mut of_part = F32Buffer::zeros(&[depth as i64, of.low.len() as i64])?;
-            self.multiply((x.t(), grad_low, 1.0), whole(&mut of_part))?;
-            of_a.push(of_part.into_tensor().tr());
-
-            let mut back = self.workspace.take(tokens, depth)?; // (T, I)
-            self.multiply((grad_low, matrix(&of.a)?, 1.0), Target::new(&mut back, depth))?;
-            if let Some(mask) = of.mask {
-                self.kernels.apply_mask(mask, depth, &mut back)?;
-            }
-            for (sum, back) in grad_x.iter_mut().zip(&*back) {
-                *sum += back;
-            }
-        }
-        Ok(of_a)
     }
 
     /// The gradient of a half's input: through its first projections, then through its norm.
@@ -456,55 +317,6 @@ impl ClosedForm {
     }
 }
 
-/// What passes back through a linear layer.
-struct Through<'a> {
-    input: &'a [f32],    // (T, I)
-    low: Option<Buffer>, // (T, R)
-    grad: &'a [f32],     // (T, O)
-}
-
-/// The adapters of a layer's parts.
-struct Factors {
-    parts: Vec<PartFactors>,
-    /// R.
-    width: usize,
-}
-
-struct PartFactors {
-    rows: Range<usize>,
-    /// Columns of the low-rank values.
-    low: Range<usize>,
-    a: Tensor, // (r, I)
-    b: Tensor, // (O of the part, r)
-    scaling: f32,
-    mask: Option<Mask>,
-}
-
-impl Factors {
-    fn of(linear: &Linear) -> Result<Self> {
-        let (mut parts, mut width) = (Vec::new(), 0);
-        for part in &linear.parts {
-            let Some(lora) = &part.lora else { continue };
-            let low = width..width + lora.a.size2()?.0 as usize;
-            width = low.end;
-            parts.push(PartFactors {
-                rows: part.rows.start as usize..part.rows.end as usize,
-                low,
-                a: f32_rows(&lora.a)?,
-                b: f32_rows(&lora.b)?,
-                scaling: lora.scaling as f32,
-                mask: lora.dropout.as_ref().and_then(LoraDropout::mask),
-            });
-        }
-        Ok(Self { parts, width })
-    }
-
-    /// The low-rank values of all parts, `(T, R)`.
-    fn low<'a>(&self, values: &'a [f32]) -> Matrix<'a> {
-        Matrix::new(values, [values.len() / self.width, self.width], self.width)
-    }
-}
-
 /// `sum over tokens of grad x / sqrt(mean(x^2) + eps)`: (C).
 fn norm_weight_gradient(norm: &RmsNorm, x: &[f32], grad: &[f32]) -> Result<Tensor> {
     let width = Rows::of(&norm.weight)?.values().len();
@@ -517,26 +329,4 @@ fn norm_weight_gradient(norm: &RmsNorm, x: &[f32], grad: &[f32]) -> Result<Tenso
         }
     }
     Ok(sum.into_tensor())
-}
-
-/// A weight in f32; one kept in another kind is converted for the moment.
-fn dense(weight: &Weight) -> Result<Tensor> {
-    match weight {
-        Weight::Dense(weight) => f32_rows(weight),
-        Weight::Packed(weight) => weight.unpack(),
-    }
-}
-
-fn f32_rows(tensor: &Tensor) -> Result<Tensor> {
-    Ok(no_grad(|| tensor.detach().f_to_kind(Kind::Float)?.f_contiguous())?)
-}
-
-fn matrix(tensor: &Tensor) -> Result<Matrix<'_>> {
-    let rows = Rows::of(tensor)?;
-    Ok(Matrix::new(rows.values(), [rows.len(), rows.width()], rows.width()))
-}
-
-fn whole(buffer: &mut F32Buffer) -> Target<'_> {
-    let columns = buffer.size()[1] as usize;
-    Target::new(buffer.values_mut(), columns)
 }

@@ -1,10 +1,12 @@
+//! Sizes that people type.
+
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Deserializer, Serialize, de::Visitor};
 
 /// A number of bytes, given as one or as `5GB`, `500 MB`, `1.5GiB`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub(super) struct ByteSize(pub(super) u64);
+pub struct ByteSize(pub u64);
 
 impl FromStr for ByteSize {
     type Err = String;

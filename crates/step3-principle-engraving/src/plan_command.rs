@@ -1,0 +1,208 @@
+//! `plan`: what a run will take, told before anything is loaded.
+
+use std::{fmt::Write as _, path::PathBuf};
+
+use dromedary_command::{ByteSize, Error as CommandError, boolean, required};
+use dromedary_llama::{
+    ClosedForm, Dtype, Footprint, LlamaConfig, LoadOptions, LoraConfig, Plan, select_kind,
+};
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind};
+
+use crate::{
+    activations::ActivationsMode,
+    config::target_modules,
+    error::Result,
+    plan::{MemoryPlan, PlanInput, PlannedTraining},
+};
+
+/// Share of the speed of one large product that a whole step reaches.
+const EFFICIENCY: f64 = 0.8;
+
+/// Tell what a run will take, from a config.json alone: memory by part, steps, tokens, hours.
+///
+/// Nothing is loaded. Memory is that of training in f32 on a CPU; hours come from the speed of a product
+/// that is measured here for a moment, or from --gflops.
+#[derive(Clone, Debug, Default, clap::Args, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PlanArgs {
+    /// Base model: a folder with config.json, or the file.
+    #[arg(long, alias = "model-name-or-path", alias = "ckpt-dir", value_name = "PATH")]
+    pub checkpoint: Option<PathBuf>,
+    /// Rows to train on [default: 10000].
+    #[arg(long, value_name = "ROWS")]
+    pub rows: Option<u64>,
+    /// Mean tokens of a row [default: 512].
+    #[arg(long, value_name = "TOKENS")]
+    pub row_tokens: Option<u64>,
+    /// Tokens of the longest rows [default: 1280, as source and target are cut].
+    #[arg(long, value_name = "TOKENS")]
+    pub max_row_tokens: Option<u64>,
+    /// Share of the tokens that is learned [default: 0.5].
+    #[arg(long, value_name = "SHARE")]
+    pub learned: Option<f64>,
+    /// Rank of the adapters [default: 64].
+    #[arg(long, value_name = "R")]
+    pub lora_r: Option<i64>,
+    /// Layers that get adapters: `all`, or names such as q_proj,v_proj [default: all].
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub lora_modules: Vec<String>,
+    /// Train all weights instead of adapters [default: false].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
+    pub full_finetune: Option<bool>,
+    /// Rows of a micro-batch [default: 1].
+    #[arg(long, value_name = "ROWS")]
+    pub per_device_train_batch_size: Option<u64>,
+    /// Micro-batches of an optimizer step [default: 16].
+    #[arg(long, value_name = "N")]
+    pub gradient_accumulation_steps: Option<u64>,
+    /// Passes over the rows [default: 1].
+    #[arg(long, value_name = "N")]
+    pub num_train_epochs: Option<f64>,
+    /// What forward keeps for backward [default: recompute].
+    #[arg(long, value_name = "MODE")]
+    pub activations: Option<ActivationsMode>,
+    /// Memory that `--activations auto` fits into.
+    #[arg(long, value_name = "SIZE")]
+    pub max_memory: Option<ByteSize>,
+    /// Kind of the weights: auto, f32, bf16 or f16 [default: auto].
+    #[arg(long, value_name = "KIND")]
+    pub dtype: Option<String>,
+    /// GFLOP/s of a large product [default: measured here].
+    #[arg(long, value_name = "GFLOPS")]
+    pub gflops: Option<f64>,
+    /// Print JSON, with exact numbers, instead of a table [default: false].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
+    pub json: Option<bool>,
+}
+
+/// What `plan` tells.
+#[derive(Clone, Debug, Serialize)]
+pub struct PlanReport {
+    /// Layers whose activations are kept.
+    pub kept_layers: usize,
+    /// Bytes by part.
+    pub memory: MemoryPlan,
+    /// Their sum.
+    pub total_bytes: u64,
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Tokens read, over all epochs.
+    pub tokens: u64,
+    /// Floating-point operations of all steps.
+    pub flops: f64,
+    /// Wall time.
+    pub hours: f64,
+}
+
+impl PlanReport {
+    /// The plan that `args` ask for.
+    ///
+    /// # Errors
+    /// A missing or unfit setting, a configuration that cannot be read, or no way to fit the run into the
+    /// memory that was given.
+    pub fn new(args: &PlanArgs) -> anyhow::Result<Self> {
+        let path = required(args.checkpoint.clone(), "checkpoint")?;
+        let config = LlamaConfig::open(path)?;
+        let stored = config.torch_dtype.unwrap_or(Dtype::F32);
+        let kind = select_kind(args.dtype.as_deref().unwrap_or("auto"), Device::Cpu, stored)?;
+        let training = if args.full_finetune == Some(true) {
+            PlannedTraining::Weights
+        } else {
+            let target_modules = match args.lora_modules.as_slice() {
+                [] => target_modules(&["all".to_owned()])?,
+                names => target_modules(names)?,
+            };
+            let r = args.lora_r.unwrap_or(64);
+            PlannedTraining::Adapters(LoraConfig { r, target_modules, ..LoraConfig::default() })
+        };
+        let batch_size = args.per_device_train_batch_size.unwrap_or(1);
+        let learned = args.learned.unwrap_or(0.5);
+        if !(0.0..=1.0).contains(&learned) {
+            return Err(
+                CommandError::usage(format!("--learned {learned}: must be in 0..=1")).into()
+            );
+        }
+        let tokens = batch_size * args.max_row_tokens.unwrap_or(1280);
+        let mut input = PlanInput {
+            config: &config,
+            kind,
+            training,
+            tokens,
+            targets: (tokens as f64 * learned).ceil() as u64,
+            kept_layers: 0,
+        };
+        let mode = args.activations.unwrap_or(ActivationsMode::Recompute);
+        input.kept_layers = mode.kept_layers(&input, args.max_memory.map(|size| size.0))?;
+        let memory = MemoryPlan::new(&input)?;
+        let (rows, epochs) = (args.rows.unwrap_or(10_000), args.num_train_epochs.unwrap_or(1.0));
+        let rows_per_step = batch_size * args.gradient_accumulation_steps.unwrap_or(16);
+        let mean = args.row_tokens.unwrap_or(512);
+        let tokens = (rows as f64 * epochs) as u64 * mean;
+        let flops = tokens as f64 * flops_per_token(&input, mean, learned)?;
+        let speed = match args.gflops {
+            Some(gflops) => gflops * 1e9,
+            None => ClosedForm::measured_speed()?,
+        };
+        Ok(Self {
+            kept_layers: input.kept_layers,
+            memory,
+            total_bytes: memory.total(),
+            steps: (rows.div_ceil(rows_per_step.max(1)) as f64 * epochs).ceil() as u64,
+            tokens,
+            flops,
+            hours: flops / (EFFICIENCY * speed) / 3600.0,
+        })
+    }
+
+    /// For people.
+    pub fn table(&self) -> String {
+        let memory = &self.memory;
+        let mut text = String::new();
+        for (part, bytes) in [
+            ("weights", memory.weights),
+            ("adapter", memory.trained),
+            ("gradients", memory.gradients),
+            ("m and v", memory.moments),
+            ("activations", memory.activations),
+            ("head", memory.head),
+            ("process", memory.process),
+            ("all", self.total_bytes),
+        ] {
+            // Writing into a string does not fail.
+            let _ = writeln!(text, "{part:<12} {:>10.1} MB", bytes as f64 / 1e6);
+        }
+        let Self { kept_layers, steps, tokens, flops, hours, .. } = self;
+        let _ = writeln!(text, "\nlayers whose activations are kept  {kept_layers}");
+        let _ = writeln!(text, "steps   {steps}\ntokens  {tokens}");
+        let _ = writeln!(text, "work    {:.1} TFLOP\nhours   {hours:.2}", flops / 1e12);
+        text
+    }
+}
+
+/// Operations for one token of rows of `row_tokens`, forward and backward.
+fn flops_per_token(input: &PlanInput<'_>, row_tokens: u64, learned: f64) -> Result<f64> {
+    let config = input.config;
+    let options = LoadOptions { kind: Kind::Float, pack: false, ..LoadOptions::default() };
+    let cost = Footprint::new(config, &Plan::new(config, 1)?, &options);
+    let head = (config.vocab_size * config.hidden_size) as f64;
+    let linears = cost.linear_work as f64 - head;
+    // Causal: half of the other tokens on average.
+    let attention = cost.attention_work as f64 * row_tokens as f64 / 2.0;
+    let recomputed = 1.0 - input.kept_layers as f64 / config.num_hidden_layers as f64;
+    // Of a layer that is computed twice, all but the products at the ends of its halves.
+    let ends = (config.num_hidden_layers * config.hidden_size) as f64
+        * (config.num_attention_heads * config.head_dim + config.intermediate_size) as f64;
+    let twice = recomputed * (linears - ends + attention);
+    let backward = match &input.training {
+        // Through a frozen weight; then A and B, each forward, for its input and for itself.
+        PlannedTraining::Adapters(lora) => {
+            let modules = lora.modules(config)?;
+            let trained: i64 = modules.iter().map(|(_, [out, inner])| lora.r * (out + inner)).sum();
+            linears + head * learned + 3.0 * trained as f64
+        }
+        PlannedTraining::Weights => 2.0 * (linears + head * learned),
+    };
+    let forward = linears + head * learned + attention;
+    Ok(2.0 * (forward + twice + backward + 2.5 * attention))
+}

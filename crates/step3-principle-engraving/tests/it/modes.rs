@@ -1,0 +1,127 @@
+use std::{
+    fs,
+    process::{Command, Output},
+};
+
+use dromedary_llama::{Checkpoint, Llama, LoadOptions};
+use dromedary_parallel::SingleProcess;
+use serde_json::Value;
+
+use crate::{
+    job::{BINARY, Job, computed, file, stderr, succeeded},
+    support::stories260k,
+};
+
+/// Six steps at once against three steps, and three more in another process.
+#[track_caller]
+fn resumes_to_the_same_bits(flags: &[&str], result: &str) {
+    let job = Job::new(12);
+    let flags = [&["--max-steps", "6", "--save-steps", "3"], flags].concat();
+    succeeded(job.train("whole", &flags));
+    succeeded(job.train("cut", &flags));
+    fs::remove_dir_all(job.path("cut/checkpoint-6")).unwrap();
+    fs::remove_dir_all(job.path("cut").join(result)).unwrap();
+    succeeded(job.train("cut", &flags));
+    let steps = |dir| job.metrics(dir).iter().map(computed).collect::<Vec<_>>();
+    assert_eq!(steps("whole"), steps("cut"));
+    let name = "checkpoint-6/optimizer.safetensors";
+    assert!(file(&job.path("whole"), name) == file(&job.path("cut"), name));
+}
+
+#[test]
+fn dropout_goes_on_with_the_masks_it_would_have_had() {
+    resumes_to_the_same_bits(&["--lora-dropout", "0.1"], "adapter");
+}
+
+#[test]
+fn all_weights_go_on_as_they_were() {
+    resumes_to_the_same_bits(&["--full-finetune", "true", "--learning-rate", "1e-3"], "model");
+    let bf16 = ["--full-finetune", "true", "--learning-rate", "1e-3", "--dtype", "bf16"];
+    resumes_to_the_same_bits(&bf16, "model");
+}
+
+#[test]
+fn all_weights_are_trained_into_a_model_that_loads() {
+    let job = Job::new(12);
+    let flags = ["--full-finetune", "true", "--learning-rate", "1e-3", "--num-train-epochs", "3"];
+    succeeded(job.train("out", &flags));
+    let metrics = job.metrics("out");
+    let (first, last) = (computed(&metrics[0]).1, computed(metrics.last().unwrap()).1);
+    assert!(last < 0.7 * first, "{first} {last}");
+    let logits = |dir| {
+        let checkpoint = Checkpoint::open(dir).unwrap();
+        let options = LoadOptions { pack: false, ..LoadOptions::default() };
+        let model = Llama::load(&checkpoint, &options).unwrap();
+        model.forward_logits(&[1, 403, 407, 261], &SingleProcess).unwrap()
+    };
+    let changed = (logits(job.path("out/model")) - logits(stories260k())).abs().max();
+    assert!(changed.double_value(&[]) > 0.1);
+    assert!(!job.path("out/adapter").exists());
+}
+
+#[test]
+fn activations_change_memory_and_nothing_else() {
+    let job = Job::new(12);
+    let steps = |dir: &str, flags: &[&str]| {
+        succeeded(job.train(dir, &[&["--max-steps", "4"], flags].concat()));
+        job.metrics(dir).iter().map(computed).collect::<Vec<_>>()
+    };
+    let recomputed = steps("recompute", &[]);
+    assert_eq!(recomputed, steps("keep", &["--activations", "keep"]));
+    assert_eq!(recomputed, steps("auto", &["--activations", "auto", "--max-memory", "1GB"]));
+    assert_eq!(recomputed, steps("switch", &["--gradient-checkpointing", "False"]));
+    let refused = job.train("small", &["--activations", "auto", "--max-memory", "1MB"]);
+    assert!(!refused.status.success());
+    assert!(stderr(&refused).contains("--max-memory: 0.00 GB, but"), "{}", stderr(&refused));
+}
+
+#[test]
+fn settings_that_would_be_ignored_are_refused() {
+    let job = Job::new(4);
+    for (flags, message) in [
+        (&["--full-finetune", "true", "--lora-dropout", "0.1"][..], "--full-finetune"),
+        (&["--max-memory", "1GB"][..], "--activations auto"),
+        (&["--lora-dropout", "1"][..], "--lora-dropout"),
+        (&["--activations", "keep", "--gradient-checkpointing", "true"][..], "cannot be used"),
+    ] {
+        let refused = job.train("out", flags);
+        assert_eq!(refused.status.code(), Some(2), "{flags:?}");
+        assert!(stderr(&refused).contains(message), "{}", stderr(&refused));
+    }
+}
+
+fn plan(flags: &[&str]) -> Output {
+    let mut command = Command::new(BINARY);
+    command.arg("plan").arg("--checkpoint").arg(stories260k().join("config.json")).args(flags);
+    command.output().unwrap()
+}
+
+#[test]
+fn a_plan_comes_from_a_config_alone() {
+    let json = |flags: &[&str]| -> Value {
+        let output = plan(&[flags, &["--json", "--gflops", "100"]].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let report = json(&["--rows", "100", "--row-tokens", "40", "--num-train-epochs", "2"]);
+    assert_eq!((&report["steps"], &report["tokens"]), (&Value::from(14), &Value::from(8000)));
+    let parts: u64 =
+        report["memory"].as_object().unwrap().values().map(|part| part.as_u64().unwrap()).sum();
+    assert_eq!(report["total_bytes"].as_u64(), Some(parts));
+    // m and v of r 64 on all linear layers, two f32 numbers each.
+    let trained = 5 * 64 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 172));
+    assert_eq!(report["memory"]["moments"], Value::from(trained * 8));
+    let hours = |report: &Value| report["hours"].as_f64().unwrap();
+    let flops = report["flops"].as_f64().unwrap();
+    assert!((hours(&report) - flops / (0.8 * 100e9) / 3600.0).abs() < 1e-12);
+    assert!(hours(&json(&["--activations", "keep"])) < hours(&json(&[])));
+    assert_eq!(json(&["--activations", "keep"])["kept_layers"], Value::from(5));
+
+    let table = plan(&[]);
+    let table = String::from_utf8(table.stdout).unwrap();
+    for part in ["weights", "adapter", "gradients", "m and v", "activations", "head", "hours"] {
+        assert!(table.contains(part), "{table}");
+    }
+    let refused = plan(&["--activations", "auto", "--max-memory", "1MB"]);
+    assert!(!refused.status.success() && stderr(&refused).contains("are needed"));
+}
