@@ -60,14 +60,9 @@ fn by_half_blocks(
         saved.push(left);
     }
     let scale = 1.0 / batch.num_targets() as f64;
-    let head = head_loss(
-        Head { model, closed_form, leaves: None },
-        &hidden,
-        &batch,
-        scale,
-        &SingleProcess,
-    )
-    .unwrap();
+    let head =
+        head_loss(Head { model, closed_form, leaves: None }, &hidden, batch, scale, &SingleProcess)
+            .unwrap();
     let mut gradient = head.grad_hidden;
     let mut gradients: Vec<Option<Tensor>> = Vec::new();
     gradients.resize_with(trained.num_leaves(), || None);

@@ -46,9 +46,12 @@ impl Job {
     }
 
     pub(crate) fn command(&self, output_dir: &str, flags: &[&str]) -> Command {
+        let of_flags = flags.contains(&"--learning-rate");
+        let rate: &[&str] = if of_flags { &[] } else { &["--learning-rate", "1e-2"] };
         let mut command = Command::new(BINARY);
         command
-            .args(["train", "--threads", "1", "--lora-r", "4", "--learning-rate", "1e-2"])
+            .args(["train", "--threads", "1", "--lora-r", "4"])
+            .args(rate)
             .args(["--gradient-accumulation-steps", "2"])
             .arg("--model-name-or-path")
             .arg(stories260k())
