@@ -135,8 +135,8 @@ impl Footprint {
     pub fn memory(&self, of: &Workload) -> Memory {
         let prefix_bytes = self.kv_bytes(of.prefix_tokens);
         let slot_bytes = self.kv_bytes(of.max_batch_size * of.max_seq_len);
-        // Weights are loaded before there is a prefix, and it is read before there are slots. Prompts are read together until they have a
-        // number of tokens, which the last of them may pass.
+        // Weights are loaded before there is a prefix, and it is read before there are slots. Prompts
+        // are read together until they have a number of tokens, which the last of them may pass.
         let together = PREFILL_TOKENS as u64 + of.max_seq_len;
         let prompts = (of.max_batch_size * of.max_seq_len).min(together);
         let work_bytes = (self.activation_bytes_per_token * of.prefix_tokens)

@@ -208,7 +208,7 @@ impl Plan {
             ("feed-forward columns", config.intermediate_size),
             ("vocabulary rows", config.vocab_size),
         ] {
-            if tp == 0 || count < tp as i64 {
+            if tp == 0 || i64::try_from(tp).map_or(true, |tp| count < tp) {
                 return Err(Error::TooManyRanks { tp, what, count });
             }
         }

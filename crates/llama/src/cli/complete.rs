@@ -184,7 +184,7 @@ fn complete(config: &CompleteConfig, launch: &Launch) -> anyhow::Result<Done> {
     let context = usize::try_from(checkpoint.config().max_position_embeddings)?;
     let engine_config = EngineConfig {
         max_batch_size: 1,
-        max_seq_len: context.min(tokens.len() + config.max_gen_len).max(2),
+        max_seq_len: context.min(tokens.len().saturating_add(config.max_gen_len)).max(2),
         max_gen_len: config.max_gen_len,
         sampling: config.sampling.sampling()?,
         stop_strings: config.stop.clone(),

@@ -43,9 +43,10 @@ pub(super) struct PlanArgs {
     #[arg(long, value_name = "TOKENS")]
     prefix_tokens: Option<u64>,
     /// Rows that are generated at once [default: 8].
-    #[arg(long, value_name = "ROWS")]
+    #[arg(long, value_name = "ROWS", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     max_batch_size: Option<u64>,
-    /// Tokens of a row behind the prefix, its prompt and its output [default: 512].
+    /// Tokens of a row behind the prefix, its prompt and its output [default: 512, or
+    /// what the context leaves].
     #[arg(long, value_name = "TOKENS")]
     max_seq_len: Option<u64>,
     /// Print JSON, with exact numbers, instead of a table [default: false].
@@ -61,7 +62,7 @@ struct PlanConfig {
     dtype: String,
     prefix_tokens: u64,
     max_batch_size: u64,
-    max_seq_len: u64,
+    max_seq_len: Option<u64>,
     json: bool,
 }
 
@@ -76,7 +77,7 @@ impl TryFrom<PlanArgs> for PlanConfig {
             dtype: args.dtype.unwrap_or_else(|| "auto".into()),
             prefix_tokens: args.prefix_tokens.unwrap_or(0),
             max_batch_size: args.max_batch_size.unwrap_or(8),
-            max_seq_len: args.max_seq_len.unwrap_or(512),
+            max_seq_len: args.max_seq_len,
             json: args.json.unwrap_or(false),
         })
     }
@@ -168,6 +169,15 @@ impl Report {
                 settings.prefix_tokens
             );
         }
+        let room = context - settings.prefix_tokens;
+        let max_seq_len = settings.max_seq_len.unwrap_or(DEFAULT_SEQ_LEN.min(room));
+        if max_seq_len > room {
+            anyhow::bail!(
+                "--max-seq-len {max_seq_len} behind --prefix-tokens {} is more than the model's context \
+                 of {context}",
+                settings.prefix_tokens
+            );
+        }
         let device = planned_device(&settings.device)?;
         let kind = select_kind(&settings.dtype, device, stored)?;
         let options = LoadOptions { device, kind, tp: settings.tp, ..LoadOptions::default() };
@@ -177,7 +187,7 @@ impl Report {
         let workload = Workload {
             prefix_tokens: settings.prefix_tokens,
             max_batch_size: settings.max_batch_size,
-            max_seq_len: settings.max_seq_len,
+            max_seq_len,
         };
         let ranks: Vec<Rank> = footprints
             .iter()
@@ -198,7 +208,7 @@ impl Report {
             vocab_size: config.vocab_size,
             prefix_tokens: settings.prefix_tokens,
             max_batch_size: settings.max_batch_size,
-            max_seq_len: settings.max_seq_len,
+            max_seq_len,
             total: ranks.iter().map(|rank| rank.bytes).fold(Bytes::default(), Bytes::plus),
             ranks,
             slowest: Slowest::of(&footprints, settings.prefix_tokens),
@@ -248,6 +258,9 @@ impl Report {
         Ok(text)
     }
 }
+
+/// Tokens of a row behind the prefix where nobody says otherwise.
+const DEFAULT_SEQ_LEN: u64 = 512;
 
 /// Columns of bytes, before the last one.
 const BYTE_COLUMNS: usize = 6;

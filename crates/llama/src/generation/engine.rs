@@ -119,11 +119,15 @@ struct Caller<'c> {
     sink: &'c mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
     drained: bool,
     stop: bool,
+    /// Whether no other rank takes part.
+    alone: bool,
 }
 
 impl Caller<'_> {
+    /// Ranks must admit the same rows: a wish to stop ends the requests only where nobody else needs to
+    /// know of it first.
     fn next(&mut self) -> Option<Request> {
-        if self.drained || self.stop {
+        if self.drained || (self.stop && self.alone) {
             return None;
         }
         let request = (self.source)();
@@ -146,8 +150,11 @@ impl<'a> Engine<'a> {
         model: &'a Llama,
         tokenizer: &'a Tokenizer,
         comm: &'a dyn Communicator,
-        config: EngineConfig,
+        mut config: EngineConfig,
     ) -> Result<Self> {
+        // No row is longer than the context, whatever its slot could hold.
+        let context = model.config().max_position_embeddings as usize;
+        config.max_seq_len = config.max_seq_len.min(context);
         validate(model, tokenizer, comm, &config)?;
         let storage = Storage {
             device: model.device(),
@@ -199,7 +206,8 @@ impl<'a> Engine<'a> {
         let before = self.comm.collective_seconds();
         self.slots.fill_with(|| None);
         self.waiting = None;
-        let mut caller = Caller { source, sink, drained: false, stop: false };
+        let alone = self.comm.world_size() == 1;
+        let mut caller = Caller { source, sink, drained: false, stop: false, alone };
         tch::no_grad(|| self.run_rows(&mut caller))?;
         self.statistics.collective_seconds = self.comm.collective_seconds() - before;
         Ok(self.statistics)
@@ -229,6 +237,8 @@ impl<'a> Engine<'a> {
                     self.statistics.full_seconds += seconds;
                 }
             } else {
+                // A wish to stop may have come with the last row's end, or with a rejected one.
+                self.statistics.stopped = self.agree(&[], caller.stop)?.1;
                 return Ok(());
             }
             if !caller.drained {
@@ -293,7 +303,11 @@ impl<'a> Engine<'a> {
 
     /// Gives the cache slots that are long enough and as many as there is memory for.
     fn make_room(&mut self) -> Result<()> {
-        let rows = self.slots.iter().flatten().count();
+        let rows = if self.config.deterministic {
+            self.config.max_batch_size
+        } else {
+            self.slots.iter().flatten().count()
+        };
         let capacity = self.capacity(None);
         let (slots, length) = self.cache.size();
         if rows as i64 <= slots && capacity as i64 <= length {
@@ -476,7 +490,7 @@ impl<'a> Engine<'a> {
             }
         }
         // Alone, a wish to stop needs no agreement and takes effect at once.
-        self.statistics.stopped = stopped || (self.comm.world_size() == 1 && caller.stop);
+        self.statistics.stopped = stopped || (caller.alone && caller.stop);
         Ok(())
     }
 
@@ -488,13 +502,7 @@ impl<'a> Engine<'a> {
             rows: self.model.rank_plan().vocab.clone(),
             gather: &|local| self.model.gather_logits(local, self.comm),
         };
-        // A sum over a row is split among threads in a way that depends on the number of rows.
-        let at_once = if self.config.deterministic { 1 } else { keys.len().max(1) };
-        let mut chosen = Vec::with_capacity(keys.len());
-        for (first, keys) in (0..).step_by(at_once).zip(keys.chunks(at_once)) {
-            let logits = logits.narrow(0, first, keys.len() as i64);
-            chosen.extend(self.sampler.choose(logits, &vocabulary, keys)?);
-        }
+        let chosen = self.sampler.choose(logits.shallow_clone(), &vocabulary, &keys)?;
         self.statistics.gathered_rows = self.sampler.gathered_rows();
         Ok(chosen)
     }

@@ -122,7 +122,7 @@ impl Level {
         #[cfg(target_arch = "x86_64")]
         {
             let fma = std::arch::is_x86_feature_detected!("fma");
-            if std::arch::is_x86_feature_detected!("avx512f") {
+            if fma && std::arch::is_x86_feature_detected!("avx512f") {
                 levels.push(Self(Instructions::Avx512));
             }
             if fma && std::arch::is_x86_feature_detected!("avx2") {
@@ -406,7 +406,7 @@ pub(crate) struct Product<'a> {
     pub(crate) depth: usize,
     /// Add to what `out` holds.
     pub(crate) accumulate: bool,
-    /// What is needed next, to be fetched meanwhile: one unit or four, 16 values a step.
+    /// What is needed next, to be fetched meanwhile: one, two or four units, 16 values a step.
     pub(crate) fetch: Option<(Units<'a>, usize)>,
 }
 
@@ -453,7 +453,7 @@ impl Product<'_> {
     }
 }
 
-/// Cuts `count` into the fewest parts of at most `most`, as even as can be: `(start, length)`.
+/// Cuts `count` into the fewest ranges of at most `most`, as even as can be.
 pub(crate) fn even_parts(count: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
     let parts = count.div_ceil(most);
     (0..parts).map(move |part| part * count / parts..(part + 1) * count / parts)

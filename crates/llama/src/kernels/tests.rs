@@ -238,7 +238,7 @@ fn attention_equals_the_portable_path() {
             Case::new(even(n_kv, group, head_dim), prefix, rows).check();
         }
     }
-    for (prefix, rows) in [(0, 7), (37, 7), (641, 64)] {
+    for (prefix, rows) in [(0, 7), (37, 7), (641, 64), (2816, 64)] {
         Case::new(uneven(16), prefix, rows).check();
     }
 }

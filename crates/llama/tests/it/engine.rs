@@ -3,13 +3,12 @@
 use std::ops::ControlFlow;
 
 use dromedary_llama::{
-    Error, LoadOptions,
-    generation::{Engine, EngineConfig, FinishReason, PrefixUse, Request, Sampling},
+    Error,
+    generation::{Engine, EngineConfig, Event, FinishReason, PrefixUse, Request, Sampling},
 };
 use dromedary_parallel::SingleProcess;
-use dromedary_tokenizer::Tokenizer;
 
-use crate::support::{Loaded, Output, data, greedy_ids, load, request, run, stories};
+use crate::support::{Loaded, Output, data, greedy_ids, request, run, stories};
 
 const TEXTS: [&str; 7] = [
     "Once upon a time",
@@ -162,9 +161,7 @@ fn a_copied_prefix_gives_the_rows_of_a_shared_one() {
     let shared = rows(PrefixUse::Shared, 100);
     assert_eq!(shared.1.len(), requests.len());
     assert_eq!(rows(PrefixUse::Copied, 100 + prefix.len()), shared);
-    let dense = LoadOptions { pack: false, ..LoadOptions::default() };
-    let dense =
-        Loaded { model: load(&stories(), &dense), tokenizer: Tokenizer::open(stories()).unwrap() };
+    let dense = Loaded::packed(&stories(), &SingleProcess, false);
     let config = EngineConfig { prefix_use: PrefixUse::Copied, ..config() };
     let refused = Engine::new(&dense.model, &dense.tokenizer, &SingleProcess, config);
     assert!(matches!(refused, Err(Error::CopiedPrefix)));
@@ -275,6 +272,42 @@ fn the_receiver_can_stop_a_run() {
     // The engine starts afresh.
     let output = run(&mut engine, prompts(&loaded));
     assert_eq!(output.finished.len(), TEXTS.len());
+}
+
+/// A stop that comes with a rejected request, while nothing is under way, is a stop all the same.
+#[test]
+fn a_run_that_is_stopped_by_a_rejected_request_says_so() {
+    let loaded = loaded();
+    let mut engine = engine(&loaded, config());
+    let mut requests = (0..3).map(|row| request(format!("{row}"), vec![403; 300]));
+    let statistics = engine.run(&mut || requests.next(), &mut |_| ControlFlow::Break(())).unwrap();
+    assert!(statistics.stopped && statistics.rejected == 1, "{statistics:?}");
+}
+
+/// Rows enter in the order of their requests, and the order of all events repeats.
+#[test]
+fn the_order_of_work_is_that_of_the_requests() {
+    let loaded = loaded();
+    let order = || {
+        let mut engine = engine(&loaded, EngineConfig { max_batch_size: 2, ..config() });
+        let (mut events, mut begun) = (Vec::new(), Vec::new());
+        let mut requests = prompts(&loaded).into_iter();
+        let mut sink = |event: Event<'_>| {
+            if let Event::Token { id, .. } = &event
+                && !begun.contains(&id.to_string())
+            {
+                begun.push(id.to_string());
+            }
+            events.push(format!("{event:?}").split(", seconds").next().unwrap().to_owned());
+            ControlFlow::Continue(())
+        };
+        engine.run(&mut || requests.next(), &mut sink).unwrap();
+        (begun, events)
+    };
+    let (begun, events) = order();
+    let ids: Vec<String> = (0..TEXTS.len()).map(|row| format!("row {row}")).collect();
+    assert_eq!(begun, ids);
+    assert_eq!(order().1, events);
 }
 
 #[test]

@@ -1,210 +1,20 @@
 //! Gradients through the halves of a layer on several ranks: those of one rank, by the rules of
-//! [`TrainedPart`].
-
-// Shapes: T = tokens, C = hidden_size, r = LoRA rank.
+//! [`TrainedPart`](dromedary_llama::TrainedPart).
 
 use std::{collections::BTreeMap, path::Path};
 
-use dromedary_llama::{
-    Llama, LoadOptions, Lora, Shard, TrainedPart, TrainedTensor, Weight,
-    block::{Layer, attention_partial, causal_attention, mlp_partial},
-    global_norm, sum_gradients,
-};
-use dromedary_parallel::{Communicator, SingleProcess};
-use dromedary_torch_ext::run_backward;
+use dromedary_llama::{LoadOptions, TrainedTensor, global_norm, sum_gradients};
+use dromedary_parallel::SingleProcess;
 use serde_json::json;
-use tch::Tensor;
 
 use crate::{
-    same::{Values, tensor, values},
-    support::{data, difference, load, on_ranks},
+    same::{
+        gradients::{F32, R, Trained, gradients, off},
+        tensor,
+    },
+    support::{data, load, on_ranks, processes},
     tiny::{self, Tiny, noise},
 };
-
-const R: i64 = 3;
-/// Two sequences, one behind the other.
-const LENGTHS: [i64; 2] = [7, 12];
-const F32: f64 = 1e-5;
-
-/// The gradients of one rank.
-#[derive(Default)]
-struct Gradients {
-    /// Outputs and gradients of inputs: the same on all ranks.
-    common: BTreeMap<String, Values>,
-    /// By module and tensor, as backward left it and as it is in the end.
-    trained: BTreeMap<(String, &'static str), Trained>,
-    norm: f64,
-}
-
-struct Trained {
-    part: TrainedPart,
-    raw: Values,
-    complete: Values,
-}
-
-/// The slice of a whole tensor that belongs to a rank.
-fn slice(whole: &Tensor, shard: &Shard) -> Tensor {
-    match shard {
-        Shard::Replicated => whole.copy(),
-        Shard::Rows(of) => {
-            whole.narrow(0, of.range().start, of.range().end - of.range().start).copy()
-        }
-        Shard::Columns(of) => {
-            whole.narrow(1, of.range().start, of.range().end - of.range().start).copy()
-        }
-    }
-}
-
-/// A leaf and what it is a part of.
-struct Leaf {
-    module: String,
-    tensor: (&'static str, TrainedTensor),
-    leaf: Tensor,
-}
-
-/// Adapters on all projections, each rank's part of the same whole ones.
-fn attach(model: &mut Llama) -> Vec<Leaf> {
-    let plan = model.plan().clone();
-    let rank = model.rank_plan().clone();
-    let tp_rank = (0..plan.tp()).find(|index| *plan.rank(*index) == rank).unwrap();
-    let config = model.config().clone();
-    let (q, kv) = (
-        config.num_attention_heads * config.head_dim,
-        config.num_key_value_heads * config.head_dim,
-    );
-    let mut leaves = Vec::new();
-    for (seed, (module, part)) in model.linears_mut().enumerate() {
-        let [out, inner] = match part.name {
-            "q_proj" => [q, config.hidden_size],
-            "k_proj" | "v_proj" => [kv, config.hidden_size],
-            "o_proj" => [config.hidden_size, q],
-            "down_proj" => [config.hidden_size, config.intermediate_size],
-            _ => [config.intermediate_size, config.hidden_size],
-        };
-        let leaf = |tensor: (&'static str, TrainedTensor), shape: [i64; 2], seed: usize| {
-            let part = plan.trained_part(tp_rank, &module, tensor.1).unwrap();
-            let whole = noise(&shape, seed as u64) * 0.2;
-            let leaf = slice(&whole, part.shard()).set_requires_grad(true);
-            Leaf { module: module.clone(), tensor, leaf }
-        };
-        let a = leaf(("lora_A", TrainedTensor::LoraA), [R, inner], 100 + seed);
-        let b = leaf(("lora_B", TrainedTensor::LoraB), [out, R], 500 + seed);
-        let [a_leaf, b_leaf] = [&a, &b].map(|of| of.leaf.shallow_clone());
-        part.lora = Some(Lora { a: a_leaf, b: b_leaf, scaling: 0.5, dropout: None });
-        leaves.extend([a, b]);
-    }
-    leaves
-}
-
-/// The weights themselves: norms always, projections where they are not packed.
-fn weights(layer: &Layer, index: usize) -> Vec<(Vec<String>, Tensor)> {
-    let prefix = format!("model.layers.{index}");
-    let mut leaves = Vec::new();
-    for (name, norm) in [
-        ("input_layernorm", &layer.input_layernorm),
-        ("post_attention_layernorm", &layer.post_attention_layernorm),
-    ] {
-        leaves.push((vec![format!("{prefix}.{name}")], norm.weight.shallow_clone()));
-    }
-    for (block, linear) in [
-        ("self_attn", &layer.qkv_proj),
-        ("self_attn", &layer.o_proj),
-        ("mlp", &layer.gate_up_proj),
-        ("mlp", &layer.down_proj),
-    ] {
-        if let Weight::Dense(weight) = &linear.weight {
-            let names = linear.parts.iter().map(|part| format!("{prefix}.{block}.{}", part.name));
-            leaves.push((names.collect(), weight.shallow_clone()));
-        }
-    }
-    leaves
-}
-
-fn leaves_of(model: &mut Llama, index: usize) -> Vec<Leaf> {
-    let mut leaves: Vec<Leaf> = attach(model)
-        .into_iter()
-        .filter(|leaf| leaf.module.starts_with(&format!("model.layers.{index}.")))
-        .collect();
-    for (modules, weight) in weights(&model.layers()[index], index) {
-        let leaf = weight.set_requires_grad(true);
-        for module in modules {
-            let leaf = leaf.shallow_clone();
-            leaves.push(Leaf { module, tensor: ("weight", TrainedTensor::Weight), leaf });
-        }
-    }
-    leaves
-}
-
-/// The part of a fused weight's gradient that belongs to one projection.
-fn of_part(layer: &Layer, leaf: &Leaf, gradient: Tensor) -> Tensor {
-    let name = leaf.module.rsplit('.').next().unwrap();
-    let mut parts = layer.qkv_proj.parts.iter().chain(&layer.gate_up_proj.parts);
-    match parts.find(|part| part.name == name && leaf.tensor.0 == "weight") {
-        None => gradient,
-        Some(part) => gradient.narrow(0, part.rows.start, part.rows.end - part.rows.start).copy(),
-    }
-}
-
-fn gradients(dir: &Path, pack: bool, index: usize, comm: &dyn Communicator) -> Gradients {
-    let (tp_rank, tp) = (comm.rank(), comm.world_size());
-    let options = LoadOptions { tp_rank, tp, pack, ..LoadOptions::default() };
-    let mut model = load(dir, &options);
-    let leaves = leaves_of(&mut model, index);
-    let layer = &model.layers()[index];
-    let tokens: i64 = LENGTHS.iter().sum();
-    let shape = [tokens, model.config().hidden_size];
-    let positions: Vec<i64> = LENGTHS.iter().flat_map(|length| 0..*length).collect();
-    let rotary_at = model.rotary_at(&positions).unwrap();
-
-    let mut result = Gradients::default();
-    let mut complete: Vec<(TrainedPart, &Leaf, Values, Tensor)> = Vec::new();
-    for (half, seed) in [("attention", 11), ("mlp", 21)] {
-        let x = noise(&shape, seed).set_requires_grad(true); // (T, C)
-        let grad_output = noise(&shape, seed + 1); // (T, C)
-        let mut attend =
-            |q: &Tensor, k: &Tensor, v: &Tensor| causal_attention(&layer.heads, q, k, v, &LENGTHS);
-        let partial = if half == "attention" {
-            attention_partial(layer, &x, &rotary_at, &mut attend).unwrap()
-        } else {
-            mlp_partial(layer, &x).unwrap()
-        };
-        let inputs: Vec<&Tensor> =
-            [&x].into_iter().chain(leaves.iter().map(|leaf| &leaf.leaf)).collect();
-        let grads = run_backward(&[&partial], &[&grad_output], &inputs, false).unwrap();
-        let mut grads = grads.into_iter();
-        let mut grad_x = grads.next().unwrap().unwrap();
-        let mut y = partial.detach().copy();
-        comm.all_reduce_sum(&mut grad_x).unwrap();
-        comm.all_reduce_sum(&mut y).unwrap();
-        result.common.insert(format!("{half} output"), values(&y));
-        result.common.insert(format!("{half} gradient of its input"), values(&grad_x));
-        for (leaf, gradient) in leaves.iter().zip(grads) {
-            let Some(gradient) = gradient else { continue };
-            let gradient = of_part(layer, leaf, gradient);
-            let part = model.plan().trained_part(tp_rank, &leaf.module, leaf.tensor.1).unwrap();
-            complete.push((part, leaf, values(&gradient), gradient));
-        }
-    }
-    let pairs: Vec<_> = complete.iter().map(|(part, _, _, gradient)| (part, gradient)).collect();
-    sum_gradients(&pairs, comm).unwrap();
-    result.norm = global_norm(&pairs, comm).unwrap();
-    for (part, leaf, raw, gradient) in &complete {
-        let (part, raw, complete) = (part.clone(), raw.clone(), values(gradient));
-        let key = (leaf.module.clone(), leaf.tensor.0);
-        result.trained.insert(key, Trained { part, raw, complete });
-    }
-    result
-}
-
-/// How far a rank's gradient is from its slice of the whole, as a share of the whole's largest.
-fn off(part: &TrainedPart, got: &Values, whole: &Values) -> f64 {
-    let whole = tensor(whole);
-    let largest = f64::try_from(whole.abs().max()).unwrap();
-    let want = slice(&whole, part.shard());
-    let got = tensor(got);
-    assert_eq!(got.size(), want.size());
-    f64::try_from((got - want).abs().max()).unwrap() / largest
-}
 
 fn equal_those_of_one_rank(dir: &Path, pack: bool, index: usize, tp: usize) {
     let one = gradients(dir, pack, index, &SingleProcess);
@@ -212,17 +22,10 @@ fn equal_those_of_one_rank(dir: &Path, pack: bool, index: usize, tp: usize) {
     let mut needed = BTreeMap::<&str, f64>::new();
     let mut squares = 0.0;
     for (number, rank) in ranks.iter().enumerate() {
-        for (name, want) in &one.common {
-            let got = &rank.common[name];
-            assert_eq!(got, &ranks[0].common[name], "{name} differs between ranks");
-            let off = difference(&tensor(got), &tensor(want));
-            assert!(off <= F32, "{name}, rank {number} of {tp}: {off:.1e}");
-        }
-        assert_eq!(rank.trained.len(), one.trained.len());
+        assert_eq!(rank.common, ranks[0].common, "rank {number} differs from rank 0");
+        rank.compare(&one).unwrap_or_else(|error| panic!("rank {number} of {tp}: {error}"));
         for (key, Trained { part, raw, complete }) in &rank.trained {
             let whole = &one.trained[key].complete;
-            let error = off(part, complete, whole);
-            assert!(error <= F32, "{key:?}, rank {number} of {tp}: {error:.1e}");
             let rule = match (part.is_replicated(), key.0.contains("norm"), key.1) {
                 (true, true, _) => "norm",
                 (true, false, name) => name,
@@ -233,7 +36,6 @@ fn equal_those_of_one_rank(dir: &Path, pack: bool, index: usize, tp: usize) {
             *error = error.max(off(part, raw, whole));
             squares += tensor(complete).norm().double_value(&[]).powi(2);
         }
-        assert!((rank.norm / one.norm - 1.0).abs() < 1e-5, "norm {} of {}", rank.norm, one.norm);
     }
     // Each rule is one that this model needs: as backward leaves them, the gradients are others.
     assert!(needed["sliced"] <= F32);
@@ -253,6 +55,7 @@ fn gradients_are_those_of_one_rank() {
     for (tp, pack) in [(2, true), (2, false), (3, true), (3, false)] {
         equal_those_of_one_rank(&data("stories260k"), pack, 1, tp);
     }
+    processes(2, "gradients", &[&data("stories260k"), Path::new("1")], "has these gradients");
 }
 
 /// Sizes that share no factor; at tp 5 both K/V heads are on three ranks, and three ranks own none.
@@ -279,6 +82,7 @@ fn gradients_of_odd_sizes_are_those_of_one_rank() {
         equal_those_of_one_rank(model.path(), false, 0, tp);
     }
     equal_those_of_one_rank(model.path(), true, 0, 5);
+    processes(3, "gradients", &[model.path(), Path::new("0")], "has these gradients");
 }
 
 #[test]

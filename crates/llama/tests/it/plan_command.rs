@@ -105,7 +105,7 @@ fn the_table_shows_ranges_and_bytes() {
     for part in [
         "5 layers, 8 query and 4 key/value heads",
         "F32 on cpu",
-        "prefix of 100 tokens, 8 rows of 512",
+        "prefix of 100 tokens, 8 rows of 412",
     ] {
         assert!(text.contains(part), "{part} is not in:\n{text}");
     }
@@ -123,6 +123,14 @@ fn a_split_that_cannot_be_names_both_numbers() {
         let text = String::from_utf8(output.stderr).unwrap();
         assert!(text.contains(&format!("tp = {tp} ")) && text.contains("8 query heads"), "{text}");
     }
+    let output = plan(&stories(), &["--tp", "18446744073709551615"]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(1) && text.contains("8 query heads"), "{text}");
+    let output = plan(&stories(), &["--max-batch-size", "18446744073709551615"]);
+    assert_eq!(output.status.code(), Some(2));
+    let output = plan(&stories(), &["--prefix-tokens", "100", "--max-seq-len", "413"]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("--max-seq-len 413") && text.contains("context of 512"), "{text}");
     let output = plan(&stories(), &["--prefix-tokens", "512"]);
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(text.contains("--prefix-tokens 512") && text.contains("context of 512"), "{text}");
@@ -177,7 +185,7 @@ fn planned_bytes_are_those_of_loaded_weights() {
                 (model.config().vocab_size * width) as u64 * kind.elt_size_in_bytes() as u64;
             let planned = Footprint::new(model.config(), model.plan(), &options);
             assert_eq!(planned.weight_bytes, bytes + norm + embedding, "{folder} rank {tp_rank}");
-            if tied && dromedary_torch_ext::packing_supported() {
+            if tied {
                 let packed = Footprint::new(
                     model.config(),
                     model.plan(),

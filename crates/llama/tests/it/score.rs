@@ -89,6 +89,23 @@ fn texts_are_split_as_the_golden_ones() {
     }
 }
 
+/// A scored row may be as long as a slot; a deterministic step then needs all slots nevertheless.
+#[test]
+fn rows_run_behind_a_score_that_fills_a_slot() {
+    let loaded = Loaded::new(&stories(), &SingleProcess);
+    let config = EngineConfig {
+        max_batch_size: 3,
+        max_seq_len: 30,
+        max_gen_len: 4,
+        deterministic: true,
+        ..EngineConfig::default()
+    };
+    let mut engine = loaded.engine(&SingleProcess, config);
+    engine.score(&[ScoreRequest { prompt: vec![403; 20], target: vec![407; 10] }]).unwrap();
+    let output = run(&mut engine, vec![request("row", vec![1, 403])]);
+    assert_eq!(output.finished[0].tokens.len(), 4);
+}
+
 #[test]
 fn rows_that_cannot_be_scored_are_named() {
     let loaded = Loaded::new(&stories(), &SingleProcess);

@@ -75,8 +75,13 @@ pub(crate) struct Loaded {
 
 impl Loaded {
     pub(crate) fn new(dir: &Path, comm: &dyn Communicator) -> Self {
+        Self::packed(dir, comm, true)
+    }
+
+    /// For this crate's kernels, or for libtorch's operations.
+    pub(crate) fn packed(dir: &Path, comm: &dyn Communicator, pack: bool) -> Self {
         let (tp_rank, tp) = (comm.rank(), comm.world_size());
-        let options = LoadOptions { tp_rank, tp, ..LoadOptions::default() };
+        let options = LoadOptions { tp_rank, tp, pack, ..LoadOptions::default() };
         Self { model: load(dir, &options), tokenizer: Tokenizer::open(dir).unwrap() }
     }
 

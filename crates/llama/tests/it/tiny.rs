@@ -7,12 +7,12 @@ use std::{
 };
 
 use dromedary_llama::Dtype;
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 use safetensors::tensor::{TensorView, serialize_to_file};
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 use tempfile::TempDir;
+
+pub(crate) use crate::same::noise;
 
 /// Sizes that share no factor, so that a swapped dimension cannot go unseen.
 pub(crate) const HIDDEN: i64 = 14;
@@ -131,15 +131,6 @@ impl Tiny {
     pub(crate) fn write_config(&self) {
         fs::write(self.path().join("config.json"), self.config.to_string()).unwrap();
     }
-}
-
-/// Values around 0 that depend on `seed` alone: libtorch's generator is one for all threads, and
-/// tests run in several.
-pub(crate) fn noise(shape: &[i64], seed: u64) -> Tensor {
-    let mut generator = ChaCha8Rng::seed_from_u64(seed);
-    let count = shape.iter().product::<i64>() as usize;
-    let values: Vec<f32> = (0..count).map(|_| generator.random_range(-2.0..2.0)).collect();
-    Tensor::from_slice(&values).view(shape)
 }
 
 /// Writes tensors as any program might.

@@ -1,5 +1,6 @@
 //! What the tests start under mpirun: `llama-ranks same MODEL TOKENIZER WANT` says whether the ranks
-//! together give what one gave, `llama-ranks save MODEL OUTPUT` loads a model and saves it again.
+//! together give what one gave, `llama-ranks save MODEL OUTPUT` loads a model and saves it again,
+//! `llama-ranks gradients MODEL LAYER` says whether the gradients of the ranks are those of one.
 
 #![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
@@ -10,13 +11,14 @@ use std::{
 };
 
 use dromedary_llama::{Checkpoint, Llama, LoadOptions, SaveOptions};
-use dromedary_parallel::{Communicator, Error, launch};
+use dromedary_parallel::{Communicator, Error, SingleProcess, launch};
 use tch::Tensor;
 
+#[allow(dead_code, reason = "the tests, where ranks are threads, look at all of it")]
 #[path = "../same/mod.rs"]
 mod same;
 
-use same::{Answers, Question, values};
+use same::{Answers, Question, gradients::gradients, values};
 
 fn main() -> Result<(), Error> {
     launch()?.run(|launch| {
@@ -36,6 +38,16 @@ fn main() -> Result<(), Error> {
             ("save", [model, output]) => {
                 save(model, output, world);
                 "saved"
+            }
+            ("gradients", [model, layer]) => {
+                let layer = layer.to_str().unwrap().parse().unwrap();
+                for pack in [true, false] {
+                    let one = gradients(model, pack, layer, &SingleProcess);
+                    if let Err(error) = gradients(model, pack, layer, world).compare(&one) {
+                        panic!("packed {pack}: {error}");
+                    }
+                }
+                "has these gradients"
             }
             (task, args) => panic!("{task} with {} arguments", args.len()),
         };

@@ -3,6 +3,8 @@
 
 // Shapes: T = tokens of a prompt, V = vocab_size.
 
+pub(crate) mod gradients;
+
 use std::{collections::BTreeMap, ops::ControlFlow, path::PathBuf};
 
 use dromedary_llama::{
@@ -11,6 +13,8 @@ use dromedary_llama::{
 };
 use dromedary_parallel::Communicator;
 use dromedary_tokenizer::Tokenizer;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
 
 /// How far logits may be off, as a share of the largest.
@@ -29,6 +33,15 @@ pub(crate) fn values(tensor: &Tensor) -> Values {
 
 pub(crate) fn tensor((size, values): &Values) -> Tensor {
     Tensor::from_slice(values).reshape(&size[..])
+}
+
+/// Values around 0 that depend on `seed` alone: libtorch's generator is one for all threads, and
+/// tests run in several.
+pub(crate) fn noise(shape: &[i64], seed: u64) -> Tensor {
+    let mut generator = ChaCha8Rng::seed_from_u64(seed);
+    let count = shape.iter().product::<i64>() as usize;
+    let values: Vec<f32> = (0..count).map(|_| generator.random_range(-2.0..2.0)).collect();
+    Tensor::from_slice(&values).view(shape)
 }
 
 /// A model, and what is asked of it.

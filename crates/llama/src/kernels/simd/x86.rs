@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::{Kernel, Simd, Tile, UNIT, tile};
 
 /// # Safety
-/// The CPU must have AVX-512F.
+/// The CPU must have AVX-512F and FMA.
 #[target_feature(enable = "avx512f,fma")]
 pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx512(()))
@@ -161,7 +161,7 @@ impl Simd for Avx2 {
 }
 
 /// # Safety
-/// The CPU must have AVX-512F; the rest as for [`Simd::tile`].
+/// The CPU must have AVX-512F and FMA; the rest as for [`Simd::tile`].
 #[target_feature(enable = "avx512f,fma")]
 unsafe fn tile_avx512(rows: usize, units: usize, of: &Tile) {
     sized_tile!(Avx512(()), rows, units, of, [6 5 4 3 2 1], [4 3 2 1]);
