@@ -1,4 +1,4 @@
-//! The model card: `README.md` beside the adapter, with settings, data and results.
+//! The model card: `README.md` beside what was trained, with settings, data and results.
 
 use std::{
     fmt::{self, Display},
@@ -39,11 +39,13 @@ pub(crate) struct ModelCard<'a> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Inputs {
     /// Fingerprint of the base model.
-    pub(crate) base: String,
+    base: String,
     /// Fingerprint of the tokenizer.
-    pub(crate) tokenizer: String,
+    tokenizer: String,
+    /// Hash of the adapter that training starts from.
+    adapter: Option<String>,
     /// Name and BLAKE3 hash of each file.
-    pub(crate) files: Vec<(String, String)>,
+    files: Vec<(String, String)>,
 }
 
 impl Inputs {
@@ -59,12 +61,17 @@ impl Inputs {
         if let Some(pattern) = &config.data.meta_prompt_pattern {
             paths.extend(MetaPrompts::open(pattern)?.paths);
         }
-        if let Some(adapter) = &config.adapter {
-            paths.push(adapter.join("adapter_model.safetensors"));
-        }
+        let adapter = config.adapter.as_ref().map(|dir| dir.join("adapter_model.safetensors"));
+        paths.extend(adapter.clone());
         let entry = |path: &std::path::PathBuf| Ok((path.display().to_string(), hash_file(path)?));
         let files = paths.iter().map(entry).collect::<Result<_>>()?;
-        Ok(Self { base, tokenizer: tokenizer.to_owned(), files })
+        let adapter = adapter.map(hash_file).transpose()?;
+        Ok(Self { base, tokenizer: tokenizer.to_owned(), adapter, files })
+    }
+
+    /// What steps depend on besides the rows' tokens, wherever the files are.
+    pub(crate) fn fingerprints(&self) -> impl std::fmt::Debug {
+        (&self.base, &self.tokenizer, &self.adapter)
     }
 }
 
@@ -87,18 +94,24 @@ fn code(value: impl Display) -> String {
 impl ModelCard<'_> {
     fn settings(&self) -> Vec<(&'static str, String)> {
         let TrainConfig { data, lora, batches, adamw, .. } = self.config;
-        let modules: Vec<&str> = lora.target_modules.iter().map(String::as_str).collect();
         let schedule = self.schedule;
         let mut shape = format!("{:?}", schedule.schedule_type).to_lowercase();
         if schedule.decay_steps > 0 {
             shape += &format!(", decay over {} steps", schedule.decay_steps);
         }
-        vec![
-            ("method", format!("LoRA, {} trained numbers", self.num_parameters)),
-            ("r, alpha", format!("{}, {}", lora.r, lora.lora_alpha)),
-            ("dropout", lora.lora_dropout.to_string()),
-            ("scaled by the root of r", lora.use_rslora.to_string()),
-            ("layers", modules.join(", ")),
+        let modules: Vec<&str> = lora.target_modules.iter().map(String::as_str).collect();
+        let method = if self.config.full_finetune { "all weights" } else { "LoRA" };
+        let mut settings =
+            vec![("method", format!("{method}, {} trained numbers", self.num_parameters))];
+        if !self.config.full_finetune {
+            settings.extend([
+                ("r, alpha", format!("{}, {}", lora.r, lora.lora_alpha)),
+                ("dropout", lora.lora_dropout.to_string()),
+                ("scaled by the root of r", lora.use_rslora.to_string()),
+                ("layers", modules.join(", ")),
+            ]);
+        }
+        settings.extend([
             ("optimizer steps", schedule.total_steps.to_string()),
             (
                 "rows of a step",
@@ -116,9 +129,10 @@ impl ModelCard<'_> {
             }),
             ("EOS behind targets", data.collate.add_eos_to_target.to_string()),
             ("sources learned", data.collate.train_on_source.to_string()),
-            ("kind of the frozen weights", self.kind.clone()),
+            ("kind of the base's weights", self.kind.clone()),
             ("seed", self.config.seed.to_string()),
-        ]
+        ]);
+        settings
     }
 
     fn data(&self) -> Vec<(&'static str, String)> {
@@ -173,16 +187,27 @@ impl Display for ModelCard<'_> {
         let name = Path::new(&base).file_name().unwrap_or_default().to_string_lossy();
         // A JSON string is a YAML string, whatever is in it.
         let yaml = serde_json::to_string(&base).map_err(|_| fmt::Error)?;
-        writeln!(f, "---\nbase_model: {yaml}\nlibrary_name: peft\npipeline_tag: text-generation")?;
-        writeln!(f, "tags:\n- lora\n- self-align\n- principle-engraving\n---\n")?;
-        writeln!(f, "# Principle-engraved adapter for {name}\n")?;
+        let adapter = !self.config.full_finetune;
+        let (library, tag, what) = match adapter {
+            true => ("peft", "lora", "adapter"),
+            false => ("transformers", "full-fine-tuning", "model"),
+        };
+        writeln!(f, "---\nbase_model: {yaml}\nlibrary_name: {library}")?;
+        writeln!(f, "pipeline_tag: text-generation\ntags:\n- {tag}\n- self-align")?;
+        writeln!(f, "- principle-engraving\n---\n")?;
+        writeln!(f, "# Principle-engraved {what} of {name}\n")?;
         writeln!(
             f,
-            "A LoRA adapter in PEFT's format. The base model was fine-tuned on answers that it gave \
-             behind a set\nof principles, with a short system prompt in the principles' place.\n"
+            "The base model was fine-tuned on answers that it gave behind a set of principles, with a \
+             short\nsystem prompt in the principles' place.\n"
         )?;
         writeln!(f, "## Use\n")?;
-        writeln!(f, "```sh\nllama merge --checkpoint {base} --adapter . --output merged\n```\n")?;
+        if adapter {
+            writeln!(
+                f,
+                "```sh\nllama merge --checkpoint {base} --adapter . --output merged\n```\n"
+            )?;
+        }
         writeln!(f, "Prompts have the form that it was trained on:\n")?;
         writeln!(f, "```text\n{{system prompt}}\n{{question}}\n\n### Dromedary\n```\n")?;
         let end = match self.config.data.collate.add_eos_to_target {

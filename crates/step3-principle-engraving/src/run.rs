@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf};
 use dromedary_command::{Progress, StopFlag};
 use dromedary_files::{AtomicDir, Lock, LockOptions, Manifest, write_atomic};
 use dromedary_llama::{
-    Adapter, AdapterFile, Checkpoint, Llama, LlamaConfig, LoadOptions, SaveOptions,
+    Adapter, AdapterFile, Checkpoint, Llama, LlamaConfig, LoadOptions, LoraConfig, SaveOptions,
     check_tokenizer, select_kind,
 };
 use dromedary_parallel::{Communicator, select_device};
@@ -84,7 +84,8 @@ pub fn train(config: &TrainConfig, comm: &dyn Communicator, stop: &StopFlag) -> 
     let schedule = config.schedule.over(total_steps)?;
     let device = select_device(&config.device, comm.rank(), comm)?;
     let kind = select_kind(&config.dtype, device, base.dtype())?;
-    let config_hash = config_hash(config, &schedule, &format!("{inputs:?} {kind:?}"), &examples);
+    let config_hash =
+        config_hash(config, &schedule, &format!("{:?} {kind:?}", inputs.fingerprints()), &examples);
     // The trainer packs what it multiplies for the moment, as weights may change.
     let load = LoadOptions { device, kind, pack: false, ..LoadOptions::default() };
     let mut model = Llama::load(&base, &load)?;
@@ -174,10 +175,12 @@ fn config_hash(
     examples: &[Example],
 ) -> String {
     let mut hasher = blake3::Hasher::new();
+    // The base's path is for people; its fingerprint is among the inputs.
+    let lora = LoraConfig { base_model_name_or_path: None, ..config.lora.clone() };
     let settings = format!(
         "{:?}",
         (
-            (&config.lora, config.full_finetune),
+            (lora, config.full_finetune),
             (&config.batches, schedule, &config.adamw, config.seed),
             inputs,
         )

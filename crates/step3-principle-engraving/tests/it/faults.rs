@@ -118,6 +118,25 @@ fn what_a_checkpoint_leaves_out_is_noticed() {
     }
 }
 
+#[test]
+fn random_numbers_that_a_checkpoint_leaves_out_are_noticed() {
+    let job = Job::new(16);
+    let flags = [&FLAGS[..], &["--lora-dropout", "0.2"]].concat();
+    succeeded(job.train("whole", &flags));
+    let whole = outcome(&job, "whole");
+    for (dir, is_left_out) in [("control", false), ("rng", true)] {
+        let fault = "rank=0,point=before-manifest6,how=kill";
+        let killed = job.command(dir, &flags).env("DROMEDARY_FAULT", fault).output().unwrap();
+        assert_eq!(killed.status.code(), None, "{}", stderr(&killed));
+        if is_left_out {
+            let checkpoint = job.path(dir).join("checkpoint-4");
+            rewrite_state(&checkpoint, |state| state["position"]["rng"] = json!(0));
+        }
+        succeeded(job.train(dir, &flags));
+        assert_eq!(outcome(&job, dir) == whole, !is_left_out, "{dir}");
+    }
+}
+
 /// Changes a checkpoint's state, and its manifest with it.
 fn rewrite_state(checkpoint: &Path, change: impl FnOnce(&mut Value)) {
     let path = checkpoint.join("trainer_state.json");

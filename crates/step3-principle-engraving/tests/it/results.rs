@@ -108,6 +108,17 @@ fn a_killed_run_leaves_the_curves_of_a_whole_one() {
 }
 
 #[test]
+fn files_that_were_moved_are_the_same_files() {
+    let job = Job::new(6);
+    succeeded(job.train("out", &["--max-steps", "2"]));
+    // The same rows and meta prompts in another folder.
+    let moved = Job::new(6);
+    let again = moved.train(job.path("out").to_str().unwrap(), &["--max-steps", "2"]);
+    assert!(stderr(&again).contains("going on behind step 2"), "{}", stderr(&again));
+    succeeded(again);
+}
+
+#[test]
 fn training_can_start_from_an_adapter() {
     let job = Job::new(6);
     succeeded(job.train("first", &["--max-steps", "4"]));
