@@ -61,9 +61,10 @@ pub struct MergeReport {
 /// The output folder appears when it is complete. Memory stays small whatever the model's size.
 ///
 /// # Errors
-/// An adapter that does not fit the base ([`Error::AdapterShape`] names both shapes) before
-/// anything is written; [`Error::LogitsDiffer`]; [`Error::Interrupted`](crate::Error::Interrupted) where `progress` says so; what reading, writing and
-/// publishing can meet.
+/// An adapter that does not fit the base, before anything is written
+/// ([`AdapterShape`](crate::Error::AdapterShape) names both shapes);
+/// [`LogitsDiffer`](crate::Error::LogitsDiffer); [`Interrupted`](crate::Error::Interrupted) where
+/// `progress` says so; what reading, writing and publishing can meet.
 pub fn merge(
     options: &MergeOptions,
     progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
