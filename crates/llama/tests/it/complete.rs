@@ -132,6 +132,16 @@ fn a_reader_that_leaves_is_no_failure() {
 
 #[test]
 fn a_signal_ends_it_with_75() {
+    // So small a model may have written all it has before the signal comes; then once more.
+    let stopped = (0..20).map(|_| signalled()).find(|output| output.status.code() != Some(0));
+    let output = stopped.expect("a signal that comes in time");
+    assert_eq!(output.status.code(), Some(75));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("stopped after"), "{text}");
+}
+
+/// A completion that gets a signal when its first words are there.
+fn signalled() -> Output {
     let mut child = program()
         .args(["--prompt", BEGINNING, "--temperature", "0", "--max-gen-len", "500"])
         .stdout(Stdio::piped())
@@ -142,10 +152,7 @@ fn a_signal_ends_it_with_75() {
     child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
     let kill = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
     assert!(kill.success());
-    let output = child.wait_with_output().unwrap();
-    assert_eq!(output.status.code(), Some(75));
-    let text = String::from_utf8(output.stderr).unwrap();
-    assert!(text.contains("stopped after"), "{text}");
+    child.wait_with_output().unwrap()
 }
 
 #[test]
