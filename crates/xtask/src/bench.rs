@@ -20,7 +20,7 @@ pub(crate) fn run(
     name: &str,
     arguments: &[OsString],
 ) -> Result<()> {
-    setup::run(workspace, cache, false)?;
+    setup::run(workspace, cache, setup::Purpose::Build, false)?;
     let model = models::smollm2(workspace, cache, &Registries)?;
     // The whole workspace, not the one package: features would be resolved differently, and tch
     // and others built a second time.

@@ -10,15 +10,17 @@ use anyhow::{Context, Result, ensure};
 
 const BROWSERS: [&str; 4] = ["chromium", "chromium-browser", "google-chrome", "chrome"];
 
-/// Shows the page in a frame and then, in its place, what can be seen of it: the text, and the
-/// height of each bar that is drawn.
+/// Shows the page in a frame and then, in its place, what can be seen of it: the bars and curves that
+/// are drawn (lines of a few points are axes), and the text.
 const FRAME: &str = r#"<!doctype html><meta charset="utf-8"><title>shown</title>
 <iframe style="width: 1200px; height: 4000px" src="PAGE" onload="
     const page = this.contentDocument;
     const bars = [...page.querySelectorAll('svg rect')];
     const heights = bars.map(bar => bar.getBoundingClientRect().height);
     const drawn = heights.filter(height => height > 0).length;
-    document.body.textContent = `bars: ${drawn}\n` + page.body.innerText;
+    const lines = [...page.querySelectorAll('svg polyline')];
+    const curves = lines.filter(line => line.points.length > 20 && line.getTotalLength() > 100);
+    document.body.textContent = `drawn: ${drawn} ${curves.length}\n` + page.body.innerText;
 "></iframe>
 "#;
 
@@ -29,6 +31,8 @@ pub struct Shown {
     pub text: String,
     /// The bars that are drawn in its diagrams.
     pub bars: usize,
+    /// The curves that are drawn there.
+    pub curves: usize,
 }
 
 /// What a browser shows of the file; `None` where there is no Chromium on the PATH.
@@ -47,9 +51,11 @@ pub fn shown(page: &Path) -> Result<Option<Shown>> {
     let output = run(&browser, &frame, &["--allow-file-access-from-files", "--dump-dom"])?;
     let dom = String::from_utf8(output)?;
     let read = || {
-        let (_, body) = dom.split_once("<body>bars: ")?;
-        let (bars, text) = body.rsplit_once("</body>")?.0.split_once('\n')?;
-        Some(Shown { text: unescaped(text), bars: bars.parse().ok()? })
+        let (_, body) = dom.split_once("<body>drawn: ")?;
+        let (drawn, text) = body.rsplit_once("</body>")?.0.split_once('\n')?;
+        let (bars, curves) = drawn.split_once(' ')?;
+        let (bars, curves) = (bars.parse().ok()?, curves.parse().ok()?);
+        Some(Shown { text: unescaped(text), bars, curves })
     };
     read().map(Some).with_context(|| format!("{} shows nothing of it", browser.display()))
 }
@@ -86,7 +92,8 @@ fn run(browser: &Path, page: &Path, flags: &[&str]) -> Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-fn find() -> Option<PathBuf> {
+/// The browser of the PATH.
+pub(crate) fn find() -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     let folders: Vec<PathBuf> = std::env::split_paths(&path).collect();
     let candidates = BROWSERS.iter().flat_map(|name| folders.iter().map(move |f| f.join(name)));

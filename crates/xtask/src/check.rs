@@ -22,7 +22,7 @@ const EMBED_PROMPTS: &str = r#"[{"instruction": "Name a river.", "input": ""}]"#
 
 /// Runs every check.
 pub(crate) fn run(workspace: &Workspace, cache: &Cache, yes: bool, soak: bool) -> Result<()> {
-    stage("setup", || setup::run(workspace, cache, yes))?;
+    stage("setup", || setup::run(workspace, cache, setup::Purpose::Tests, yes))?;
     let (model, tokenizers) = stage("model and tokenizers", || {
         let model = models::smollm2(workspace, cache, &Registries)?;
         let tokenizers = models::tokenizers(workspace, cache, &model, &Registries)?;

@@ -27,6 +27,8 @@ use std::{ffi::OsString, fmt, path::PathBuf};
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+use crate::setup::Purpose;
+
 /// The project's chores, from an empty machine to a trained model.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", version)]
@@ -112,7 +114,7 @@ pub fn run(cli: Cli) -> Result<()> {
     let workspace = workspace::Workspace::find()?;
     let cache = cache::Cache::of_user()?;
     match cli.task {
-        Task::Setup { yes } => setup::run(&workspace, &cache, yes),
+        Task::Setup { yes } => setup::run(&workspace, &cache, Purpose::Tests, yes),
         Task::Demo { yes, quick, data } => {
             demo::run(&workspace, &cache, demo::Options { yes, quick, data })
         }

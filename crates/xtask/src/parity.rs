@@ -25,7 +25,7 @@ const SPACE: u64 = 5_000 << 20;
 
 /// Builds the programs and runs the comparison over them.
 pub(crate) fn run(workspace: &Workspace, cache: &Cache) -> Result<()> {
-    setup::run(workspace, cache, false)?;
+    setup::run(workspace, cache, setup::Purpose::Build, false)?;
     let model = models::smollm2(workspace, cache, &Registries)?;
     let stage = Stage::start("build");
     terminal::run(&mut workspace.cargo(["build", "--release", "--workspace"]))?;

@@ -64,7 +64,7 @@ pub(crate) fn run(workspace: &Workspace, cache: &Cache, options: Options) -> Res
         .transpose()?;
     let inputs = data.as_deref().map_or_else(|| Ok(Inputs::of_checkout()), Inputs::of_folder)?;
     let stage = Stage::start("setup");
-    setup::run(workspace, cache, options.yes)?;
+    setup::run(workspace, cache, setup::Purpose::Build, options.yes)?;
     let model = models::smollm2(workspace, cache, &Registries)?;
     stage.end();
     let stage = Stage::start("build");

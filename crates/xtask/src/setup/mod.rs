@@ -7,8 +7,17 @@ use anyhow::Result;
 
 use crate::{cache::Cache, packages::Registries, workspace::Workspace};
 
+/// What a machine is made ready for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// To build the programs and run them.
+    Build,
+    /// To run their tests as well.
+    Tests,
+}
+
 /// Makes the machine and the checkout ready; does nothing where they are.
-pub(crate) fn run(workspace: &Workspace, cache: &Cache, yes: bool) -> Result<()> {
-    system::provide(yes)?;
+pub(crate) fn run(workspace: &Workspace, cache: &Cache, purpose: Purpose, yes: bool) -> Result<()> {
+    system::provide(purpose, yes)?;
     libtorch::provide(workspace, cache, &Registries)
 }

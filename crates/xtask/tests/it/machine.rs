@@ -31,7 +31,7 @@ impl Machine {
     /// Has everything that setup provides.
     pub(crate) fn ready() -> Self {
         let machine = Self::empty();
-        for name in ["c++", "make", "mpicc", "mpirun", "pkg-config"] {
+        for name in ["c++", "chromium", "make", "mpicc", "mpirun", "pkg-config"] {
             machine.program(name, "exit 0");
         }
         machine.file("libclang/libclang.so");

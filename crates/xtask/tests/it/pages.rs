@@ -3,7 +3,7 @@
 use std::{fs, path::Path, process::Command};
 
 use serde_json::Value;
-use xtask::browser;
+use xtask::browser::{self, Shown};
 
 /// The program of a stage, which is built beside this test.
 fn program(name: &str) -> Command {
@@ -15,6 +15,20 @@ fn program(name: &str) -> Command {
 
 fn dummy_data(name: &str) -> String {
     format!("{}/../../dummy_data/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
+/// What a browser shows of a page; where there is none, the page must hold `text`, and there must be one
+/// where nothing may be skipped.
+fn shown(page: &Path, text: &str) -> Option<Shown> {
+    let shown = browser::shown(page).unwrap();
+    if shown.is_none() {
+        let required =
+            std::env::var_os("DROMEDARY_REQUIRE_TEST_DATA").is_some_and(|value| value == "1");
+        assert!(!required, "no Chromium on the PATH: `cargo xtask setup` installs it");
+        eprintln!("no Chromium on the PATH: the page is read as a text");
+        assert!(fs::read_to_string(page).unwrap().contains(text), "{text}");
+    }
+    shown
 }
 
 fn number(counts: &Value, name: &str) -> u64 {
@@ -38,12 +52,8 @@ fn the_report_of_step_1_shows_its_numbers() {
     let report = fs::read(path("report/report.json")).unwrap();
     let report: Value = serde_json::from_slice(&report).unwrap();
     let page = path("report/report.html");
-    let Some(shown) = browser::shown(&page).unwrap() else {
-        eprintln!("no Chromium on the PATH: the page is read as a text");
-        let text = fs::read_to_string(&page).unwrap();
-        assert!(text.contains(&format!("<b>{}</b><span>kept</span>", report["rows_out"])));
-        return;
-    };
+    let kept = format!("<b>{}</b><span>kept</span>", report["rows_out"]);
+    let Some(shown) = shown(&page, &kept) else { return };
     let sources = report["sources"].as_object().unwrap();
     assert_eq!(sources.len(), 2, "{report}");
     let mut kept_in_all = 0;
@@ -106,12 +116,8 @@ fn the_report_of_step_2_shows_its_numbers() {
     let report: Value = serde_json::from_slice(&report).unwrap();
     let page = path("report.html");
     let picture = Path::new(env!("CARGO_TARGET_TMPDIR")).join("step2_report.png");
-    let Some(shown) = browser::shown(&page).unwrap() else {
-        eprintln!("no Chromium on the PATH: the page is read as a text");
-        let text = fs::read_to_string(&page).unwrap();
-        assert!(text.contains(&format!("<b>{}</b><span>rows</span>", report["rows"])));
-        return;
-    };
+    let rows = format!("<b>{}</b><span>rows</span>", report["rows"]);
+    let Some(shown) = shown(&page, &rows) else { return };
     assert!(browser::screenshot(&page, &picture).unwrap());
     assert!(fs::metadata(&picture).unwrap().len() > 30_000, "{} is blank", picture.display());
 
@@ -162,4 +168,12 @@ fn the_report_of_step_2_shows_its_numbers() {
         format!("{grouped} tokens in 0.07 hours of groups: {:.1} tokens/s", tokens as f64 / 240.0);
     assert!(shown.text.contains(&speed), "{speed} is not in {}", shown.text);
     assert!(shown.text.contains("% of the slots had a row"), "{}", shown.text);
+    for curve in ["Speed over time", "Slot use over time"] {
+        assert!(shown.text.contains(curve), "{curve} is not in {}", shown.text);
+    }
+    assert_eq!(shown.curves, 2);
+    for rule in dropped.keys().map(|rule| format!("dropped: {rule}")) {
+        // Beside its row of the table.
+        assert!(shown.text.matches(&rule).count() > 1, "no sample of {rule}");
+    }
 }

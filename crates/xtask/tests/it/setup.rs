@@ -23,11 +23,12 @@ fn without_agreement_the_one_command_is_named() {
     let output = machine.xtask(&["setup"], &[]);
     assert_eq!(output.status.code(), Some(2), "{}", errors(&output));
     let command = "apt-get install --yes --no-install-recommends \
-                   g++ libclang-dev libopenmpi-dev make openmpi-bin pkg-config";
+                   chromium fonts-dejavu-core g++ libclang-dev libopenmpi-dev make openmpi-bin \
+                   pkg-config";
     assert!(errors(&output).contains(command), "{}", errors(&output));
     assert_eq!(machine.called(), "");
     let lacking = String::from_utf8_lossy(&output.stdout).into_owned();
-    for what in ["MPI with headers", "libclang", "g++", "make", "pkg-config"] {
+    for what in ["MPI with headers", "libclang", "g++", "make", "pkg-config", "Chromium"] {
         assert!(lacking.contains(&format!("lacking: {what}")), "{lacking}");
     }
 }
@@ -53,6 +54,30 @@ fn with_agreement_apt_installs_exactly_what_is_lacking() {
         assert!(machine.called().starts_with("apt-get update"), "{}", machine.called());
         assert!(machine.called().ends_with(install), "{}", machine.called());
     }
+}
+
+#[test]
+fn a_browser_is_installed_for_tests_and_missed_by_them_alone() {
+    let machine = Machine::ready();
+    fs::remove_file(machine.path("bin/chromium")).unwrap();
+    let output = machine.xtask(&["setup"], &[]);
+    assert!(output.status.success(), "{}", errors(&output));
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let command = "apt-get install --yes --no-install-recommends chromium fonts-dejavu-core";
+    assert!(said.contains("lacking: Chromium") && said.contains(command), "{said}");
+    assert_eq!(machine.called(), "");
+
+    let script = format!(
+        "echo \"apt-get $*\" >> {}; [ $1 = update ] || echo > {bin}/chromium; exit 0",
+        machine.calls(),
+        bin = machine.path("bin").display()
+    );
+    machine.program("apt-get", &script);
+    machine.program("sudo", "[ $1 = -n ] && shift; exec \"$@\"");
+    let output = machine.xtask(&["setup", "--yes"], &[]);
+    assert!(output.status.success(), "{}", errors(&output));
+    let install = "install --yes --no-install-recommends chromium fonts-dejavu-core";
+    assert!(machine.called().contains(install), "{}", machine.called());
 }
 
 #[test]
