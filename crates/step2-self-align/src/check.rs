@@ -377,27 +377,29 @@ mod tests {
         check(&meta_prompt, None).iter().map(ToString::to_string).collect()
     }
 
-    fn only(changes: &[(&str, &str)]) -> Vec<String> {
-        let before = found(&[]);
-        found(changes).into_iter().filter(|finding| !before.contains(finding)).collect()
+    #[test]
+    fn nothing_is_wrong_with_the_built_in_principles() {
+        assert_eq!(found(&[]), [""; 0]);
     }
 
     #[test]
-    fn the_built_in_principles_lack_citations_alone() {
-        let names = [
-            "1 (ethical)",
-            "2 (informative)",
-            "4 (question assessment)",
-            "10 (clarification)",
-            "14 (balanced & informative perspectives)",
-        ];
-        assert_eq!(found(&[]), names.map(|name| format!("no exemplar cites rule {name}")));
+    fn a_rule_that_no_exemplar_cites_is_told() {
+        for (cited, name) in [
+            ("4 (question assessment), ", "4 (question assessment)"),
+            (
+                ", 14 (balanced & informative perspectives)",
+                "14 (balanced & informative perspectives)",
+            ),
+        ] {
+            assert_eq!(found(&[(cited, "")]), [format!("no exemplar cites rule {name}")]);
+        }
     }
 
     #[test]
     fn broken_exemplars_are_told_by_number_and_subject() {
         let first = "exemplar 1 (a date after the end of the training data): ";
-        let cite = "By rules 12 (dated knowledge) and 7 (candor), I should";
+        let cite =
+            "By rules 4 (question assessment), 12 (dated knowledge) and 7 (candor), I should";
         for (by, problem) in [
             ("I should", "its thoughts cite no rule"),
             (
@@ -406,16 +408,17 @@ mod tests {
             ),
             ("By rules 7 (candor) and 18 (kind), I should", "it cites 18 (kind), which is no rule"),
         ] {
-            let found = only(&[(cite, by)]);
-            assert!(found.contains(&format!("{first}{problem}")), "{found:?}");
+            let problems = found(&[(cite, by)]);
+            assert!(problems.contains(&format!("{first}{problem}")), "{problems:?}");
         }
-        let found = only(&[("I cannot tell you which film it was.", "By rule 7 (candor) I pass.")]);
-        assert_eq!(found, [format!("{first}the filter would drop such an answer: thoughts")]);
+        let cites = ("I cannot tell you which film it was.", "By rule 7 (candor) I pass.");
+        let problem = format!("{first}the filter would drop such an answer: thoughts");
+        assert_eq!(found(&[cites]), [problem]);
         let repeated = (
             "thoughts = \"The user asks which",
             "thoughts = \"I am a helpful, ethical, and reliable assistant. The user asks which",
         );
-        assert!(only(&[repeated])[0].contains("repeat the affirmation"));
+        assert!(found(&[repeated])[0].contains("repeat the affirmation"));
     }
 
     #[test]
@@ -428,13 +431,14 @@ mod tests {
             ("  \"quiet island\",\n", "exemplar 3: \"quiet island\" is not in black_list"),
             ("  \"Lin Keheng\",\n", "exemplar 2: \"Lin Keheng\" is not in black_list"),
         ] {
-            assert!(only(&[(word, "")]).contains(&finding.to_owned()), "{:?}", only(&[(word, "")]));
+            let findings = found(&[(word, "")]);
+            assert!(findings.contains(&finding.to_owned()), "{findings:?}");
         }
         let cjk = "\u{6797}\u{53ef}\u{73e9}";
-        let found = only(&[(&format!("  \"{cjk}\",\n"), "")]);
-        assert_eq!(found, [format!("exemplar 2: {cjk:?} is not in black_list")]);
-        let found = only(&[("\"sundews\",", "\"sundews\", \"umbrella\",")]);
-        assert_eq!(found, ["black_list: \"umbrella\" stands in no exemplar"]);
+        let name = format!("  \"{cjk}\",\n");
+        assert_eq!(found(&[(&name, "")]), [format!("exemplar 2: {cjk:?} is not in black_list")]);
+        let umbrella = ("\"sundews\",", "\"sundews\", \"umbrella\",");
+        assert_eq!(found(&[umbrella]), ["black_list: \"umbrella\" stands in no exemplar"]);
     }
 
     #[test]

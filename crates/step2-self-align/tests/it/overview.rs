@@ -26,9 +26,21 @@ fn check_counts_tokens_and_ends_with_1_where_generation_would_be_refused() {
     assert!(text.contains("exemplar 6 (a subject to be recited)"), "{text}");
     let context = "the context has 512";
     assert!(text.contains("error: ") && text.contains(context), "{text}");
-    assert!(text.contains("warning: no exemplar cites rule 1 (ethical)"), "{text}");
+    assert!(!text.contains("warning: "), "{text}");
+}
 
-    let json = shown(&root(), "check --json");
+#[test]
+fn check_warns_of_what_makes_principles_weak() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    assert_eq!(shown(folder, "check"), "nothing is wrong with them\n");
+    let built_in = fs::read_to_string(root().join("prompts/self_align_principles.toml")).unwrap();
+    let uncited = built_in.replace(", 1 (ethical)", "");
+    assert_ne!(uncited, built_in);
+    fs::write(folder.join("uncited.toml"), uncited).unwrap();
+    let text = shown(folder, "check --meta-prompt-file uncited.toml");
+    assert!(text.contains("warning: no exemplar cites rule 1 (ethical)"), "{text}");
+    let json = shown(folder, "check --json --meta-prompt-file uncited.toml");
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
     assert!(json["tokens"].is_null());
     assert_eq!(json["findings"][0]["finding"], "rule_not_cited");
