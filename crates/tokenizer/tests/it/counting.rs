@@ -158,6 +158,36 @@ fn lengths_of_real_texts_are_those_of_the_ids_at_a_tenth_of_the_cost() {
     }
 }
 
+/// What is done with a text.
+type Work = fn(&Tokenizer, &str);
+
+/// Twice the text is at most twice the work, and whether it fits is no more work at all.
+#[test]
+fn cost_grows_in_proportion_to_the_text() {
+    for vocabulary in vocabularies::all() {
+        for unit in ["a", " ", "\0", "</s>", "\u{4f60}", "word ", "\u{1f42a}\u{300}"] {
+            let merged = |times: usize, work: Work| {
+                let tokenizer = vocabulary.open();
+                work(&tokenizer, &unit.repeat(times));
+                tokenizer.merged_bytes()
+            };
+            let works: [Work; 3] = [
+                |tokenizer, text| assert!(!tokenizer.encode(text).is_empty()),
+                |tokenizer, text| assert!(tokenizer.len_with_bos(text) > 0),
+                |tokenizer, text| assert!(!tokenizer.fits(text, 256)),
+            ];
+            let [encoded, counted, fitted] = works.map(|work| {
+                let (once, twice) = (merged(100_000, work), merged(200_000, work));
+                let case = format!("{} {unit:?}: {once}, {twice}", vocabulary.name);
+                assert!(twice as f64 <= 2.6 * once as f64, "{case}");
+                (once, twice, case)
+            });
+            assert!(encoded.1 >= 200_000, "{}", encoded.2);
+            assert!(counted.1 <= encoded.1 && fitted.1 <= counted.1, "{}", counted.2);
+        }
+    }
+}
+
 #[test]
 fn bounds_decide_without_a_merge() {
     for vocabulary in vocabularies::all() {
