@@ -128,11 +128,16 @@ impl<'a> Live<'a> {
                 Line::Run(_) | Line::Unknown(_) => {}
             }
         }
+        self.progress.message(self.state(beat, tokens));
+    }
+
+    /// What stands behind the rows that are done: `tokens` are those of all groups.
+    fn state(&self, beat: &Beat, tokens: u64) -> String {
         let rate = tokens as f64 / beat.seconds.max(f64::MIN_POSITIVE);
         let of =
             if self.groups > 1 { format!(" in {} groups", self.groups) } else { String::new() };
         let (in_use, slots) = (beat.slots_in_use, self.slots);
-        self.progress.message(format!("{rate:.0} tokens/s{of}, {in_use:.1} of {slots} slots"));
+        format!("{rate:.0} tokens/s{of}, {in_use:.1} of {slots} slots")
     }
 
     /// The last beat, behind which nothing is shown any more.
@@ -163,5 +168,24 @@ mod tests {
         pulse.step();
         let beat = live.end();
         assert_eq!((beat.rows, beat.tokens, beat.slots_in_use), (0, 1, 2.0));
+    }
+
+    #[test]
+    fn rank_0_shows_the_rate_of_all_groups_and_its_own_slots() {
+        let pulse = Pulse::default();
+        let beat = Beat {
+            beat: 4.0,
+            seconds: 2.0,
+            rows: 1,
+            tokens: 60,
+            slots_in_use: 3.25,
+            slots: 4,
+            at: 0,
+        };
+        let live = |others| Live::new(&pulse, Progress::new(None, "rows", false), 4, others);
+        assert_eq!(live(Vec::new()).state(&beat, 60), "30 tokens/s, 3.2 of 4 slots");
+        let other = Follower::at_end("metrics_2shards_1.jsonl".into());
+        let state = live(vec![other]).state(&beat, 150);
+        assert_eq!(state, "75 tokens/s in 2 groups, 3.2 of 4 slots");
     }
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::generate::STORIES;
 use crate::job::{self, End, Job};
-use crate::support::{folder_of, stories260k};
+use crate::support::{copy_model, folder_of, stories260k};
 
 /// How soon a job ends once a rank has failed.
 const SOON: Duration = Duration::from_secs(5);
@@ -33,6 +33,14 @@ pub(crate) fn flags(folder: &Path) -> Vec<String> {
         flags.extend([flag.to_owned(), value]);
     }
     flags
+}
+
+/// The flags with another value of one of them.
+pub(crate) fn with(flags: &[String], flag: &str, value: &str) -> Vec<String> {
+    let mut other = flags.to_vec();
+    let place = other.iter().position(|other| other == flag).unwrap() + 1;
+    other[place] = value.to_owned();
+    other
 }
 
 /// Two ranks that hold one model together, each with its own flags.
@@ -136,12 +144,7 @@ fn ranks_that_disagree_are_told_both_values_before_anything_is_computed() {
     let folder = folder_of(&STORIES);
     let folder = folder.path();
     let own = flags(folder);
-    let with = |flag: &str, value: &str| {
-        let mut other = own.clone();
-        let place = other.iter().position(|other| other == flag).unwrap() + 1;
-        other[place] = value.to_owned();
-        other
-    };
+    let with = |flag: &str, value: &str| with(&own, flag, value);
     refused([&own, &with("--max-gen-len", "30")])
         .assert_said("ranks disagree on max_gen_len: rank 0 has 24, rank 1 has 30");
 
@@ -154,11 +157,7 @@ fn ranks_that_disagree_are_told_both_values_before_anything_is_computed() {
 
     // One bit of one weight, behind the header and within what a fingerprint reads of a tensor.
     let checkpoint = folder.join("model");
-    fs::create_dir(&checkpoint).unwrap();
-    for file in fs::read_dir(stories260k()).unwrap() {
-        let file = file.unwrap();
-        fs::copy(file.path(), checkpoint.join(file.file_name())).unwrap();
-    }
+    copy_model(&checkpoint);
     let weights = checkpoint.join("model.safetensors");
     let mut bytes = fs::read(&weights).unwrap();
     let header = u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;

@@ -111,21 +111,24 @@ fn a_stop_leaves_whole_rows_and_the_next_run_continues() {
 #[test]
 fn prompts_at_the_edge_are_rejected_with_a_reason_and_the_others_go_on() {
     let (long_line, many_words) = ("a".repeat(1_000_000), "word ".repeat(400));
+    let cjk = "\u{4f60}".repeat(350_000);
     let same = "Once upon a time";
     let folder = folder_of(&[
         "",
         " \n\t ",
         &long_line,
         &many_words,
+        &cjk,
         same,
         same,
         "Be good.",
         "User:",
         "\u{0}",
+        "</s>",
     ]);
     let folder = folder.path();
     let report = run(args(folder)).unwrap();
-    assert_eq!((report.answered, report.rejected), (5, 4));
+    assert_eq!((report.answered, report.rejected), (6, 5));
     let path = folder.join("aligned.jsonl");
     let reason = |instruction: &str| {
         let row = lines(&path).into_iter().find(|row| row["instruction"] == instruction).unwrap();
@@ -136,12 +139,13 @@ fn prompts_at_the_edge_are_rejected_with_a_reason_and_the_others_go_on() {
     assert_eq!(reason(" \n\t "), "the prompt is empty");
     assert!(reason(&long_line).contains("max_seq_len 200"));
     assert!(reason(&many_words).contains("max_seq_len 200"));
+    assert!(reason(&cjk).contains("max_seq_len 200"));
     let twins: Vec<AlignedResponse> =
         rows(&path).into_iter().filter(|row| row.instruction == same).collect();
     assert_eq!(twins.len(), 2);
     assert_ne!(twins[0].id, twins[1].id);
     assert!(twins.iter().all(|row| row.finish_reason != FinishReason::Rejected));
-    assert_eq!(Done::check(&path).unwrap().rejected, 4);
+    assert_eq!(Done::check(&path).unwrap().rejected, 5);
 }
 
 #[test]

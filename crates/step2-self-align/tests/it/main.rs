@@ -14,6 +14,8 @@ mod engine_flags;
 mod faults;
 /// Every rule of the corrected filter: a row that it keeps, a row that it drops.
 mod filter;
+/// Outputs on a disk that is full.
+mod full_disk;
 /// Generation through the library: resume, rejected prompts, stops.
 mod generate;
 /// Somebody's own principles, from the edit to the training rows.
@@ -26,6 +28,8 @@ mod job;
 mod kills;
 /// From files of groups to training rows.
 mod merge;
+/// Rows whose logits are not finite.
+mod not_finite;
 /// What shows a run before, while and after it: `check`, `plan`, `status`, the page.
 mod overview;
 /// The prompt texts that come with the project.
@@ -34,3 +38,5 @@ mod prompts;
 mod support;
 /// Verbose cloning: its prompt, its filter, its rows.
 mod verbose;
+/// Several groups of several ranks each in one world.
+mod worlds;

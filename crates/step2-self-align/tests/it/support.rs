@@ -17,6 +17,15 @@ pub(crate) fn stories260k() -> PathBuf {
     root().join("crates/llama/tests/data/stories260k")
 }
 
+/// Writes that model into a new folder, to be changed there.
+pub(crate) fn copy_model(folder: &Path) {
+    fs::create_dir(folder).unwrap();
+    for file in fs::read_dir(stories260k()).unwrap() {
+        let file = file.unwrap();
+        fs::copy(file.path(), folder.join(file.file_name())).unwrap();
+    }
+}
+
 /// Whether the long tests are asked for.
 pub(crate) fn soak() -> bool {
     std::env::var_os("DROMEDARY_SOAK").is_some_and(|value| value == "1")
