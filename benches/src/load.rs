@@ -1,10 +1,9 @@
 //! From the start of the processes to a model that is ready, its files in the page cache.
 
 use std::{
-    env,
     fs::File,
     io::{self, BufRead, BufReader},
-    process::{Command, Stdio},
+    process::Stdio,
     time::Instant,
 };
 
@@ -13,7 +12,7 @@ use clap::Args;
 use dromedary_llama::{Checkpoint, Llama, LoadOptions};
 use dromedary_parallel::launch;
 
-use crate::ModelArgs;
+use crate::{ModelArgs, machine::on_ranks};
 
 /// What the first rank prints when all ranks are ready.
 const READY: &str = "ready";
@@ -59,15 +58,7 @@ pub(crate) fn run(args: &LoadArgs) -> Result<()> {
 
 /// Starts the processes, and waits until they are ready and gone.
 fn start(args: &LoadArgs, tp: usize) -> Result<(f64, String)> {
-    let program = env::current_exe()?;
-    let mut command = if tp == 1 {
-        Command::new(&program)
-    } else {
-        let mut mpirun = Command::new("mpirun");
-        mpirun.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n"]);
-        mpirun.arg(tp.to_string()).arg(&program);
-        mpirun
-    };
+    let mut command = on_ranks(tp)?;
     command.args(["load", "--one", "--checkpoint"]).arg(&args.model.checkpoint);
     // The cores are shared out, as `llama complete` does it.
     let threads = (args.model.threads / i32::try_from(tp)?).max(1);

@@ -1,6 +1,6 @@
 //! What the figures are related to: the machine's own limits.
 
-use std::{fs, time::Instant};
+use std::{fs, process::Command, time::Instant};
 
 use anyhow::{Context, Result};
 use dromedary_torch_ext::{PackedWeight, packing_supported};
@@ -32,6 +32,18 @@ pub(crate) fn compute_bound() -> Result<Option<f64>> {
         best = best.min(start.elapsed().as_secs_f64() / 5.0);
     }
     Ok(Some(2.0 * (m * k * n) as f64 / best / 1e9))
+}
+
+/// This program once more, as so many processes that work as one.
+pub(crate) fn on_ranks(ranks: usize) -> Result<Command> {
+    let program = std::env::current_exe()?;
+    if ranks == 1 {
+        return Ok(Command::new(program));
+    }
+    let mut command = Command::new("mpirun");
+    command.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n"]);
+    command.arg(ranks.to_string()).arg(program);
+    Ok(command)
 }
 
 /// Memory of this process in MB: now, and at its highest.

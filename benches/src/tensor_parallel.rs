@@ -3,7 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Stdio,
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -16,7 +16,10 @@ use dromedary_parallel::{Communicator, launch};
 use dromedary_tokenizer::Tokenizer;
 use tch::{Device, Kind, Tensor};
 
-use crate::decode::{Shape, decode};
+use crate::{
+    decode::{Shape, decode},
+    machine::on_ranks,
+};
 
 /// Name of the random model's folder beside the model that gives its other sizes.
 const BALANCED: &str = "random-8-heads-4-kv-heads";
@@ -134,15 +137,7 @@ fn allowed(checkpoint: &Checkpoint, args: &TpArgs) -> Result<f64> {
 
 /// Starts the ranks as a user does, and reads what rank 0 says.
 fn measure(args: &TpArgs, checkpoint: &Path, tp: usize) -> Result<Measured> {
-    let program = std::env::current_exe()?;
-    let mut command = if tp == 1 {
-        Command::new(program)
-    } else {
-        let mut mpirun = Command::new("mpirun");
-        mpirun.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n"]);
-        mpirun.arg(tp.to_string()).arg(program);
-        mpirun
-    };
+    let mut command = on_ranks(tp)?;
     let threads = TP / tp;
     let Shape { prefix, suffix, new, copied_prefix } = args.shape;
     command.arg("tp-rank").arg("--checkpoint").arg(checkpoint);

@@ -242,10 +242,15 @@ fn state(path: &Path) -> (u64, Option<std::time::SystemTime>, Option<blake3::Has
     (metadata.len(), metadata.modified().ok(), hash)
 }
 
-pub(crate) fn peak_rss_kb() -> u64 {
+/// Memory of this process: `VmRSS` now, `VmHWM` at its highest.
+pub(crate) fn memory_kb(field: &str) -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':')).unwrap();
+    line.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+pub(crate) fn peak_rss_kb() -> u64 {
+    memory_kb("VmHWM")
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The memory of a generating process, measured in a process of its own, against the plan's.
 
-use std::{fs, ops::ControlFlow, path::Path, process::Command};
+use std::{ops::ControlFlow, path::Path, process::Command};
 
 use dromedary_llama::{
     Checkpoint, Footprint, Llama, LlamaConfig, LoadOptions, Plan, Workload,
@@ -12,19 +12,13 @@ use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    hostile::peak_rss_kb,
+    hostile::{memory_kb, peak_rss_kb},
     support::{request, smollm2, stories},
     tiny::{self, Tiny},
 };
 
 const MODEL: &str = "MEMORY_MODEL";
 const WORKLOAD: &str = "MEMORY_WORKLOAD";
-
-fn rss_kb() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
-}
 
 /// Runs a child of this program, and gives the numbers behind `said` in what it prints.
 fn child(test: &str, model: &Path, workload: &Workload, said: &str) -> Vec<u64> {
@@ -139,7 +133,7 @@ fn generate_and_measure() {
     tch::set_num_threads(1);
     let product = Tensor::ones([64, 64], (Kind::Float, Device::Cpu));
     assert_eq!(f64::try_from(product.matmul(&product).max()).unwrap(), 64.0);
-    let before = rss_kb();
+    let before = memory_kb("VmRSS");
     fill(&model, &workload, 12, || ());
     // The kernel's kB are of 1024 bytes.
     println!("peak of {}", (peak_rss_kb() - before) * 1024 / 1000);
@@ -161,6 +155,6 @@ fn generate_and_watch() {
     let Some((model, workload)) = work() else { return };
     tch::set_num_threads(1);
     let mut seen = Vec::new();
-    fill(&model, &workload, 430, || seen.push(rss_kb()));
+    fill(&model, &workload, 430, || seen.push(memory_kb("VmRSS")));
     println!("after steps {} {}", seen[100], seen[400]);
 }
