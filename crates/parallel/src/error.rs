@@ -105,6 +105,15 @@ pub enum Error {
     /// MPI was already set up by somebody else in this process.
     #[error("MPI was already initialised in this process")]
     MpiInitialised,
+    /// MPI does not let a thread call it that did not begin it, as a build without threads.
+    #[error(
+        "this MPI allows no more than `{allowed}` threads, and `serialized` is needed: take one that \
+         was built with threads"
+    )]
+    MpiThreads {
+        /// What it allows.
+        allowed: String,
+    },
     /// The launcher started several tasks, but they do not see each other.
     #[error(
         "started as {expected} tasks, but MPI sees {got}: with Slurm, start with `srun --mpi=pmix`; \

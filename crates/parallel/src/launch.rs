@@ -63,8 +63,9 @@ pub fn launch() -> Result<Launch> {
 
 fn join(tasks: Option<usize>, limit: Duration) -> Result<Launch> {
     // A communicator may be moved to the thread that computes.
-    let (universe, _) =
+    let (universe, threading) =
         mpi::initialize_with_threading(Threading::Serialized).ok_or(Error::MpiInitialised)?;
+    check_threading(threading)?;
     let world = Mpi::world()?;
     let (rank, got) = (world.rank(), world.world_size());
     if let Some(expected) = tasks.filter(|tasks| *tasks != got) {
@@ -76,6 +77,16 @@ fn join(tasks: Option<usize>, limit: Duration) -> Result<Launch> {
     let local_rank = local_rank(&world)?;
     tracing::debug!(rank, world_size = got, local_rank, "joined");
     Ok(Launch { world: Box::new(world), local_rank, universe: Some(universe) })
+}
+
+/// What MPI allows may be less than it was asked for, as in a build without threads.
+fn check_threading(allowed: Threading) -> Result<()> {
+    match allowed {
+        Threading::Serialized | Threading::Multiple => Ok(()),
+        Threading::Single | Threading::Funneled => {
+            Err(Error::MpiThreads { allowed: format!("{allowed:?}").to_lowercase() })
+        }
+    }
 }
 
 /// Without it a panic would unwind, drop MPI, and wait there for the others, who wait for this rank.
@@ -166,5 +177,19 @@ impl fmt::Debug for Launch {
             .field("world_size", &self.world.world_size())
             .field("local_rank", &self.local_rank)
             .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_mpi_without_threads_is_refused() {
+        assert!(check_threading(Threading::Serialized).is_ok());
+        assert!(check_threading(Threading::Multiple).is_ok());
+        assert!(check_threading(Threading::Single).is_err());
+        let message = check_threading(Threading::Funneled).unwrap_err().to_string();
+        assert!(message.contains("no more than `funneled`"), "{message}");
     }
 }

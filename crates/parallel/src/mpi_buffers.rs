@@ -1,4 +1,4 @@
-//! MPI calls on memory: the crate's only `unsafe` code.
+//! MPI calls on memory, all of whose `unsafe` code is here.
 
 use std::ffi::{c_char, c_int, c_void};
 use std::slice;

@@ -1,4 +1,4 @@
-//! The one place of this crate that looks into a tensor's memory, and at how it is allocated.
+//! Tensors whose bytes are read from files, and how their memory is allocated.
 
 use tch::{Device, Kind, Tensor};
 
