@@ -4,6 +4,10 @@ use std::collections::BTreeMap;
 
 use crate::{Error, Result};
 
+/// A smaller temperature would make finite logits infinite in f32 when they are divided by it; at this
+/// one the best token alone is left already.
+const MIN_TEMPERATURE: f64 = 1e-30;
+
 /// How tokens are chosen.
 ///
 /// In this order: the bias of each token is added; repetition, frequency and presence penalties;
@@ -11,7 +15,7 @@ use crate::{Error, Result};
 /// the nucleus `top_p`, of these those that `min_p` leaves.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
-    /// Logits are divided by it; 0 chooses the best token always.
+    /// Logits are divided by it; 0 chooses the best token always, and below 1e-30 there is nothing else.
     pub temperature: f64,
     /// Nucleus: the likeliest tokens are kept while the probability of those before is at most this.
     pub top_p: f64,
@@ -120,7 +124,12 @@ impl Sampling {
         let any = "a finite number";
         let frequency = self.frequency_penalty.by_context();
         let mut checks = vec![
-            ("temperature", temperature, temperature >= 0.0, "at least 0"),
+            (
+                "temperature",
+                temperature,
+                temperature == 0.0 || temperature >= MIN_TEMPERATURE,
+                "at least 0, and 1e-30 where it is not 0",
+            ),
             ("top_p", top_p, top_p > 0.0 && top_p <= 1.0, "above 0 and at most 1"),
             ("min_p", min_p, (0.0..1.0).contains(&min_p), "at least 0 and below 1"),
             ("presence_penalty", presence_penalty, true, any),
@@ -148,9 +157,17 @@ mod tests {
     fn settings_are_checked() {
         let valid = |sampling: Sampling| sampling.validate(10).is_ok();
         assert!(valid(Sampling::nucleus(0.0, 1.0)) && valid(Sampling::nucleus(2.0, 0.1)));
-        for (temperature, top_p) in [(-1.0, 1.0), (f64::NAN, 1.0), (1.0, 0.0), (1.0, 1.1)] {
+        for (temperature, top_p) in [
+            (-1.0, 1.0),
+            (f64::NAN, 1.0),
+            (9e-31, 1.0),
+            (f64::MIN_POSITIVE, 1.0),
+            (1.0, 0.0),
+            (1.0, 1.1),
+        ] {
             assert!(!valid(Sampling::nucleus(temperature, top_p)));
         }
+        assert!(valid(Sampling::nucleus(MIN_TEMPERATURE, 1.0)));
         let default = Sampling::default;
         let off = FrequencyPenalty::default();
         for bad in [
