@@ -5,8 +5,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use dromedary_llama::{
-    Checkpoint, Dtype, Footprint, LlamaConfig, LoadOptions, Memory, Plan as ShardPlan, Workload,
-    select_kind,
+    Checkpoint, Footprint, LoadOptions, Memory, Plan as ShardPlan, Workload, select_kind,
 };
 use dromedary_parallel::{ParallelDims, SingleProcess, select_device};
 use dromedary_records::{FoundPrompt, read_prompts};
@@ -175,7 +174,7 @@ impl Input {
 }
 
 fn memory(config: &GenerateConfig, tp: usize, prefix: u64) -> Result<Vec<Memory>> {
-    let (model, stored) = model(&config.checkpoint)?;
+    let (model, stored) = Checkpoint::config_and_dtype(&config.checkpoint)?;
     let shards = ShardPlan::new(&model, tp)?;
     let device = match config.device.as_str() {
         "cuda" => Device::Cuda(0),
@@ -194,18 +193,6 @@ fn memory(config: &GenerateConfig, tp: usize, prefix: u64) -> Result<Vec<Memory>
         Footprint::new(&model, &shards, &options).memory(&workload)
     };
     Ok((0..tp).map(of_rank).collect())
-}
-
-/// The configuration, and what its weights are stored as.
-fn model(path: &Path) -> Result<(LlamaConfig, Dtype)> {
-    let weights = ["model.safetensors", "model.safetensors.index.json"];
-    if weights.iter().any(|name| path.join(name).exists()) {
-        let checkpoint = Checkpoint::open(path)?;
-        return Ok((checkpoint.config().clone(), checkpoint.dtype()));
-    }
-    let config = LlamaConfig::open(path)?;
-    let stored = config.torch_dtype.unwrap_or(Dtype::F32);
-    Ok((config, stored))
 }
 
 /// What an earlier run of one group was like.

@@ -4,7 +4,7 @@ use std::{fmt::Write as _, path::PathBuf};
 
 use dromedary_command::{ByteSize, Error as CommandError, boolean, required};
 use dromedary_llama::{
-    ClosedForm, Dtype, Footprint, LlamaConfig, LoadOptions, LoraConfig, Plan, select_kind,
+    Checkpoint, ClosedForm, Footprint, LoadOptions, LoraConfig, Plan, select_kind,
 };
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
@@ -103,8 +103,7 @@ impl PlanReport {
     /// memory that was given.
     pub fn new(args: &PlanArgs) -> anyhow::Result<Self> {
         let path = required(args.checkpoint.clone(), "checkpoint")?;
-        let config = LlamaConfig::open(path)?;
-        let stored = config.torch_dtype.unwrap_or(Dtype::F32);
+        let (config, stored) = Checkpoint::config_and_dtype(path)?;
         let kind = select_kind(args.dtype.as_deref().unwrap_or("auto"), Device::Cpu, stored)?;
         let training = if args.full_finetune == Some(true) {
             PlannedTraining::Weights

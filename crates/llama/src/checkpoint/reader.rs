@@ -10,7 +10,7 @@ use tch::Tensor;
 use super::{
     dtype::Dtype,
     file::{Entry, ReadCounters, TensorFile},
-    index::open_files,
+    index::{INDEX, SINGLE, open_files},
     nf4::{self, Nf4Weight},
     output::TensorSpec,
     rank_files::RankFiles,
@@ -90,6 +90,23 @@ impl Checkpoint {
             })
             .collect::<Result<_>>()?;
         Ok(Self { dir: dir.to_path_buf(), config, storage, order, specs })
+    }
+
+    /// The configuration of a checkpoint, or of a `config.json` alone, and what its weights are stored
+    /// as: enough to plan with.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`] where there are weights, else as [`LlamaConfig::open`].
+    pub fn config_and_dtype(path: impl AsRef<Path>) -> Result<(LlamaConfig, Dtype)> {
+        let path = path.as_ref();
+        let weights = [SINGLE, INDEX, RankFiles::INDEX];
+        if weights.iter().any(|name| path.join(name).exists()) {
+            let checkpoint = Self::open(path)?;
+            return Ok((checkpoint.config().clone(), checkpoint.dtype()));
+        }
+        let config = LlamaConfig::open(path)?;
+        let stored = config.torch_dtype.unwrap_or(Dtype::F32);
+        Ok((config, stored))
     }
 
     /// The model's configuration.

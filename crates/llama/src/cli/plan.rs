@@ -2,7 +2,7 @@ use std::{
     fmt::Write as _,
     io::{self, Write as _},
     ops::Range,
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
 use dromedary_command::{Common, Error, boolean, required};
@@ -12,8 +12,8 @@ use tch::Device;
 
 use super::settings;
 use crate::{
-    Checkpoint, Dtype, Footprint, LlamaConfig, LoadOptions, Memory, Plan, RankPlan, Slowest,
-    Workload, select_kind,
+    Checkpoint, Dtype, Footprint, LoadOptions, Memory, Plan, RankPlan, Slowest, Workload,
+    select_kind,
 };
 
 /// Show how a model is split over processes: what each of them owns, stores and computes.
@@ -160,7 +160,7 @@ impl Bytes {
 
 impl Report {
     fn new(settings: &PlanConfig) -> anyhow::Result<Self> {
-        let (config, stored) = model(&settings.checkpoint)?;
+        let (config, stored) = Checkpoint::config_and_dtype(&settings.checkpoint)?;
         let plan = Plan::new(&config, settings.tp)?;
         let context = u64::try_from(config.max_position_embeddings)?;
         if settings.prefix_tokens >= context {
@@ -361,18 +361,6 @@ fn aligned(rows: &[Vec<String>]) -> String {
         text.push('\n');
     }
     text
-}
-
-/// The configuration, and what its weights are stored as.
-fn model(path: &Path) -> anyhow::Result<(LlamaConfig, Dtype)> {
-    let weights = ["model.safetensors", "model.safetensors.index.json"];
-    if weights.iter().any(|name| path.join(name).exists()) {
-        let checkpoint = Checkpoint::open(path)?;
-        return Ok((checkpoint.config().clone(), checkpoint.dtype()));
-    }
-    let config = LlamaConfig::open(path)?;
-    let stored = config.torch_dtype.unwrap_or(Dtype::F32);
-    Ok((config, stored))
 }
 
 /// The device to plan for, which need not be here.
