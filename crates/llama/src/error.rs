@@ -310,6 +310,16 @@ pub enum Error {
         /// Why, with the numbers.
         reason: String,
     },
+    /// A gradient is not one of what the plan gives the rank.
+    #[error("a gradient is {got:?}, the rank holds {expected} of its dimension {dim}")]
+    GradientShape {
+        /// The dimension that the plan cuts.
+        dim: usize,
+        /// What the rank holds of it.
+        expected: i64,
+        /// The gradient's shape.
+        got: Vec<i64>,
+    },
     /// The model gave logits that are NaN or infinite.
     #[error("row {id}: the logits of its output token {position} are not finite")]
     NonFiniteLogits {

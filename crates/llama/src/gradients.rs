@@ -3,7 +3,7 @@
 use dromedary_parallel::Communicator;
 use tch::{Kind, Tensor, no_grad};
 
-use crate::{Error, Result, plan::TrainedPart};
+use crate::{Error, Result, Shard, plan::TrainedPart};
 
 /// Replaces this rank's gradients, each with its part of the plan, by complete ones: what is a partial
 /// sum is added up over the ranks that hold it, the rest stays as it is.
@@ -13,7 +13,8 @@ use crate::{Error, Result, plan::TrainedPart};
 /// parameter have the same gradient.
 ///
 /// # Errors
-/// The group is not the one of the plan, or the exchange failed.
+/// The group is not the one of the plan, a gradient is not of what the rank holds, or the exchange
+/// failed.
 pub fn sum_gradients(gradients: &[(&TrainedPart, &Tensor)], comm: &dyn Communicator) -> Result<()> {
     check_group(gradients, comm)?;
     let places: Vec<i64> =
@@ -46,7 +47,7 @@ pub fn sum_gradients(gradients: &[(&TrainedPart, &Tensor)], comm: &dyn Communica
 /// Every rank of the group must call this, behind [`sum_gradients`]; all get the same.
 ///
 /// # Errors
-/// The group is not the one of the plan, or the exchange failed.
+/// As [`sum_gradients`].
 pub fn global_norm(gradients: &[(&TrainedPart, &Tensor)], comm: &dyn Communicator) -> Result<f64> {
     check_group(gradients, comm)?;
     let mut squares = 0.0;
@@ -63,10 +64,24 @@ pub fn global_norm(gradients: &[(&TrainedPart, &Tensor)], comm: &dyn Communicato
 
 fn check_group(gradients: &[(&TrainedPart, &Tensor)], comm: &dyn Communicator) -> Result<()> {
     let got = comm.world_size();
-    match gradients.iter().find(|(part, _)| part.tp() != got) {
-        None => Ok(()),
-        Some((part, _)) => Err(Error::GroupSize { expected: part.tp(), got }),
+    if let Some((part, _)) = gradients.iter().find(|(part, _)| part.tp() != got) {
+        return Err(Error::GroupSize { expected: part.tp(), got });
     }
+    gradients.iter().try_for_each(|(part, gradient)| fits(part.shard(), gradient))
+}
+
+/// What the plan says of a gradient's shape.
+fn fits(shard: &Shard, gradient: &Tensor) -> Result<()> {
+    let (dim, held) = match shard {
+        Shard::Rows(rows) => (0, rows.range()),
+        Shard::Columns(columns) => (1, columns.range()),
+        Shard::Replicated => return Ok(()),
+    };
+    let (expected, got) = (held.end - held.start, gradient.size());
+    if got.get(dim) == Some(&expected) {
+        return Ok(());
+    }
+    Err(Error::GradientShape { dim, expected, got })
 }
 
 /// Numbers of a tensor that are summed, on whichever rank.

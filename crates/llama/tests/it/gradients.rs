@@ -105,3 +105,25 @@ fn gradients_need_the_group_of_their_plan() {
         assert_eq!(model.plan().trained_part(0, module, tensor), None);
     }
 }
+
+/// A rank that panicked here would leave the others waiting for its sum.
+#[test]
+fn gradients_of_another_shape_are_refused() {
+    let model = load(&data("stories260k"), &LoadOptions::default());
+    for (module, tensor, shape, expected) in [
+        ("k_proj", TrainedTensor::Weight, [31, 64], "32 of its dimension 0"),
+        ("q_proj", TrainedTensor::LoraB, [63, R], "64 of its dimension 0"),
+        ("o_proj", TrainedTensor::LoraA, [R, 65], "64 of its dimension 1"),
+    ] {
+        let module = format!("model.layers.0.self_attn.{module}");
+        let part = model.plan().trained_part(0, &module, tensor).unwrap();
+        let gradient = noise(&shape, 1);
+        for result in [
+            sum_gradients(&[(&part, &gradient)], &SingleProcess).err(),
+            global_norm(&[(&part, &gradient)], &SingleProcess).err(),
+        ] {
+            let message = result.unwrap().to_string();
+            assert_eq!(message, format!("a gradient is {shape:?}, the rank holds {expected}"));
+        }
+    }
+}
