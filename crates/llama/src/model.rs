@@ -229,6 +229,16 @@ impl Llama {
         found.map_or(Ok(None), |linear| linear.part_weight(part))
     }
 
+    /// The first part of a linear layer that has an adapter.
+    pub(crate) fn adapted_part(&self) -> Option<&'static str> {
+        let of_layer = |layer: &'_ Layer| {
+            [&layer.qkv_proj, &layer.o_proj, &layer.gate_up_proj, &layer.down_proj]
+                .map(first_adapted)
+        };
+        let layers = self.layers.iter().flat_map(of_layer);
+        layers.chain([first_adapted(&self.lm_head)]).flatten().next()
+    }
+
     /// The projections of all layers with the names of their modules, as in
     /// `model.layers.0.self_attn.q_proj`; this is where adapters are put.
     pub fn linears_mut(&mut self) -> impl Iterator<Item = (String, &mut Part)> {
@@ -345,13 +355,7 @@ impl Llama {
         let tokens = local.size2()?.0;
         let all = comm.all_gather(&local.reshape(-1))?; // (T x W of rank 0, T x W of rank 1, ..)
         let widths = (0..self.options.tp).map(|rank| width(&self.plan.rank(rank).vocab));
-        let sizes: Vec<i64> = widths.map(|width| tokens * width).collect();
-        let columns: Vec<Tensor> = all
-            .f_split_with_sizes(&sizes, 0)?
-            .into_iter()
-            .map(|rank| rank.view([tokens, -1])) // (T, W of the rank)
-            .collect();
-        Ok(Tensor::f_cat(&columns, 1)?) // (T, V)
+        join_columns(&all, tokens, widths) // (T, V)
     }
 
     /// All layers over embedded tokens; every rank of the group must call this, and all get the same.
@@ -432,6 +436,26 @@ fn all_reduced(mut partial: Tensor, comm: &dyn Communicator) -> Result<Tensor> {
         comm.all_reduce_sum(&mut partial)?;
     }
     Ok(partial)
+}
+
+fn first_adapted(linear: &Linear) -> Option<&'static str> {
+    linear.parts.iter().find(|part| part.lora.is_some()).map(|part| part.name)
+}
+
+/// Puts columns beside each other that were gathered rank behind rank.
+///
+/// # Shapes
+/// all: `(R x W of rank 0, R x W of rank 1, ..)`, widths: W of each rank, result: `(R, sum of W)`.
+pub(crate) fn join_columns(
+    all: &Tensor,
+    rows: i64,
+    widths: impl Iterator<Item = i64>,
+) -> Result<Tensor> {
+    let sizes: Vec<i64> = widths.map(|width| rows * width).collect();
+    let parts = all.f_split_with_sizes(&sizes, 0)?;
+    let columns: Vec<Tensor> =
+        parts.iter().map(|part| part.f_view([rows, -1])).collect::<std::result::Result<_, _>>()?; // (R, W)
+    Ok(Tensor::f_cat(&columns, 1)?) // (R, sum of W)
 }
 
 struct Loader<'a> {

@@ -11,7 +11,7 @@ use crate::{
     checkpoint::{CheckpointWriter, DEFAULT_MAX_SHARD_SIZE, TensorSpec, put_in_order},
     config::plain_config,
     error::{Error, Result},
-    model::Llama,
+    model::{Llama, join_columns},
     plan::{Plan, Shard},
 };
 
@@ -21,8 +21,11 @@ const BLOCK: u64 = 8 << 20;
 /// Where a checkpoint goes, and what goes with it.
 #[derive(Debug, Clone)]
 pub struct SaveOptions {
-    /// Folder that is to be written; must not exist.
+    /// Folder that is to be written.
     pub output: PathBuf,
+    /// An older folder of that name stays until the new one is complete, and then makes room for it;
+    /// otherwise it is an error.
+    pub replace: bool,
     /// Folder of a checkpoint whose configuration, tokenizer and licence are copied.
     pub companions: PathBuf,
     /// Largest weight file in bytes.
@@ -33,12 +36,15 @@ impl SaveOptions {
     /// Files as large as Hugging Face's tools write them.
     pub fn new(output: impl Into<PathBuf>, companions: impl Into<PathBuf>) -> Self {
         let (output, companions) = (output.into(), companions.into());
-        Self { output, companions, max_shard_size: DEFAULT_MAX_SHARD_SIZE }
+        Self { output, replace: false, companions, max_shard_size: DEFAULT_MAX_SHARD_SIZE }
     }
 
     fn begin(&self, tensors: &[TensorSpec]) -> Result<CheckpointWriter> {
-        let mut writer =
-            CheckpointWriter::create(&self.output, tensors.to_vec(), self.max_shard_size)?;
+        let (output, tensors) = (&self.output, tensors.to_vec());
+        let mut writer = match self.replace {
+            true => CheckpointWriter::replace_existing(output, tensors, self.max_shard_size)?,
+            false => CheckpointWriter::create(output, tensors, self.max_shard_size)?,
+        };
         writer.copy_companions(&self.companions)?;
         if self.companions.join("config.json").is_file() {
             writer.add_file("config.json", &plain_config(&self.companions)?)?;
@@ -55,18 +61,26 @@ impl Llama {
     /// Every rank of the group must call this; see [`save_slices`].
     ///
     /// # Errors
-    /// As [`save_slices`]; [`Error::Write`] for a tensor that the model does not have.
+    /// As [`save_slices`]; [`Error::Write`] for a tensor that the model does not have, and for a model
+    /// with adapters, which such a checkpoint has no place for.
     pub fn save(
         &self,
         tensors: Vec<TensorSpec>,
         options: &SaveOptions,
         comm: &dyn Communicator,
     ) -> Result<()> {
+        let refused = |message| Err(Error::Write { path: options.output.clone(), message });
         let mut slice_of = |name: &str| {
-            self.slice(name)?.ok_or_else(|| Error::Write {
-                path: options.output.clone(),
-                message: format!("the model has no tensor {name}"),
-            })
+            if let Some(part) = self.adapted_part() {
+                return refused(format!(
+                    "{part} has an adapter, which a checkpoint does not hold: merge it into the \
+                     weight, or save it by itself"
+                ));
+            }
+            match self.slice(name)? {
+                Some(slice) => Ok(slice),
+                None => refused(format!("the model has no tensor {name}")),
+            }
         };
         save_slices(self.plan(), tensors, &mut slice_of, options, comm)
     }
@@ -82,7 +96,7 @@ impl Llama {
 ///
 /// # Errors
 /// On every rank of the group, if any of them cannot do its part: [`Error::OnRank`] names it on the
-/// others. A folder that exists, a full disk, a number that is not finite, a slice of another shape, a
+/// others. A folder that exists and is not to be replaced, a full disk, a number that is not finite, a slice of another shape, a
 /// group of another size than the plan's.
 pub fn save_slices(
     plan: &Plan,
@@ -193,22 +207,12 @@ impl Saver<'_> {
             let own = slice.f_narrow(0, rows.start, count)?.f_to_kind(spec.dtype.kind())?; // (R, W)
             let all = self.comm.all_gather(&own.f_reshape(-1)?)?; // (R x W of rank 0, ..)
             done = done.and_then(|()| {
-                let whole = self.join_columns(spec, &all, count)?; // (R, I)
-                self.append(spec, &whole)
+                let widths = (0..self.plan.tp())
+                    .map(|rank| self.plan.rank(rank).shard(&spec.name).local_shape(&spec.shape)[1]);
+                self.append(spec, &join_columns(&all, count, widths)?) // (R, I)
             });
         }
         Ok(done)
-    }
-
-    fn join_columns(&self, spec: &TensorSpec, all: &Tensor, rows: i64) -> Result<Tensor> {
-        let size = |rank| {
-            let shape = self.plan.rank(rank).shard(&spec.name).local_shape(&spec.shape);
-            rows * shape[1]
-        };
-        let sizes: Vec<i64> = (0..self.plan.tp()).map(size).collect();
-        let parts = all.f_split_with_sizes(&sizes, 0)?;
-        let parts: Vec<Tensor> = parts.iter().map(|part| part.view([rows, -1])).collect(); // (R, W)
-        Ok(Tensor::f_cat(&parts, 1)?) // (R, I)
     }
 
     fn append(&mut self, spec: &TensorSpec, rows: &Tensor) -> Result<()> {

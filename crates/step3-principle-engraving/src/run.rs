@@ -242,11 +242,8 @@ fn publish_model(
     comm: &dyn Communicator,
 ) -> Result<PathBuf> {
     let path = config.output_dir.join(MODEL_DIR);
-    if path.exists() {
-        // Of an earlier run, whose last checkpoint holds the same; it would be made again.
-        fs::remove_dir_all(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
-    }
-    no_grad(|| model.save(base.specs()?, &SaveOptions::new(&path, &config.checkpoint), comm))?;
+    let options = SaveOptions { replace: true, ..SaveOptions::new(&path, &config.checkpoint) };
+    no_grad(|| model.save(base.specs()?, &options, comm))?;
     // Beside it: the folder's manifest is of what `llama` reads.
     write_atomic(config.output_dir.join(CARD_FILE), card.to_string().as_bytes())?;
     Ok(path)

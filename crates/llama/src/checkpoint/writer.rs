@@ -65,13 +65,31 @@ impl CheckpointWriter {
         Self::create_in_order(output.as_ref(), tensors, max_shard_size)
     }
 
+    /// As [`CheckpointWriter::create`], and an older folder is there until
+    /// [`CheckpointWriter::finish`] puts the new one in its place.
+    ///
+    /// # Errors
+    /// The output is a file, or its parent cannot be written.
+    pub fn replace_existing(
+        output: impl AsRef<Path>,
+        mut tensors: Vec<TensorSpec>,
+        max_shard_size: u64,
+    ) -> Result<Self> {
+        put_in_order(&mut tensors);
+        let folder = FolderWriter::of(output.as_ref(), AtomicDir::replace_existing(&output)?);
+        Ok(Self::in_order(folder, tensors, max_shard_size))
+    }
+
     /// As [`CheckpointWriter::create`], for tensors in an order that keeps their elements aligned.
     pub(crate) fn create_in_order(
         output: &Path,
         tensors: Vec<TensorSpec>,
         max_shard_size: u64,
     ) -> Result<Self> {
-        let folder = FolderWriter::create(output)?;
+        Ok(Self::in_order(FolderWriter::create(output)?, tensors, max_shard_size))
+    }
+
+    fn in_order(folder: FolderWriter, tensors: Vec<TensorSpec>, max_shard_size: u64) -> Self {
         let shards = cut(&tensors, max_shard_size);
         let count = shards.len();
         let names = (1..=count).map(|number| match count {
@@ -80,7 +98,7 @@ impl CheckpointWriter {
         });
         let shards: VecDeque<_> = names.zip(shards).collect();
         let index = (count > 1).then(|| index_of(&shards));
-        Ok(Self { folder, order: tensors, shards, open: None, index })
+        Self { folder, order: tensors, shards, open: None, index }
     }
 
     /// The tensors in the order in which they must be written.
@@ -189,8 +207,11 @@ pub(crate) struct FolderWriter {
 
 impl FolderWriter {
     pub(crate) fn create(output: &Path) -> Result<Self> {
-        let dir = AtomicDir::create(output)?;
-        Ok(Self { output: output.to_path_buf(), dir, files: BTreeMap::new() })
+        Ok(Self::of(output, AtomicDir::create(output)?))
+    }
+
+    fn of(output: &Path, dir: AtomicDir) -> Self {
+        Self { output: output.to_path_buf(), dir, files: BTreeMap::new() }
     }
 
     /// The temporary folder, and the one that it will be.

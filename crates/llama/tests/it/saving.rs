@@ -3,7 +3,7 @@
 use std::{fs, path::Path};
 
 use dromedary_llama::{
-    Checkpoint, Error, Llama, LoadOptions, Plan, SaveOptions, Shard, TensorSpec, save_slices,
+    Checkpoint, Error, Llama, LoadOptions, Lora, Plan, SaveOptions, Shard, TensorSpec, save_slices,
 };
 use dromedary_parallel::{Communicator, SingleProcess};
 use tch::Tensor;
@@ -187,4 +187,47 @@ fn every_row_has_one_owner() {
             assert_eq!(owners, [0]);
         }
     }
+}
+
+/// It would be lost without a word, since the checkpoint has no place for it.
+#[test]
+fn a_model_with_an_adapter_is_not_saved_as_if_it_had_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = dir.path().join("saved");
+    let mut model = load(&stories(), &LoadOptions::default());
+    let (name, part) = model.linears_mut().nth(3).unwrap();
+    assert!(name.ends_with("o_proj"), "{name}");
+    let zeros = |shape: [i64; 2]| Tensor::zeros(shape, (tch::Kind::Float, tch::Device::Cpu));
+    let (a, b) = (zeros([4, 64]), zeros([64, 4]));
+    part.lora = Some(Lora { a, b, scaling: 1.0, dropout: None });
+    let specs = Checkpoint::open(stories()).unwrap().specs().unwrap();
+    let save = SaveOptions::new(&output, stories());
+    let message = model.save(specs, &save, &SingleProcess).unwrap_err().to_string();
+    assert!(message.contains("saved") && message.contains("o_proj has an adapter"), "{message}");
+    assert!(!output.exists());
+}
+
+#[test]
+fn an_older_folder_is_there_until_the_new_one_is_complete() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = dir.path().join("saved");
+    let specs = || Checkpoint::open(stories()).unwrap().specs().unwrap();
+    let model = load(&stories(), &LoadOptions::default());
+    let save = SaveOptions::new(&output, stories());
+    model.save(specs(), &save, &SingleProcess).unwrap();
+    let older = fs::read(output.join(WEIGHTS)).unwrap();
+
+    let message = model.save(specs(), &save, &SingleProcess).unwrap_err().to_string();
+    assert!(message.contains("saved"), "{message}");
+    let save = SaveOptions { replace: true, ..save };
+    let _ = model.layers()[1].input_layernorm.weight.shallow_clone().fill_(2.0);
+    let mut others = specs();
+    others.last_mut().unwrap().name = "model.layers.9.mlp.up_proj.weight".into();
+    model.save(others, &save, &SingleProcess).unwrap_err();
+    assert!(fs::read(output.join(WEIGHTS)).unwrap() == older);
+    model.save(specs(), &save, &SingleProcess).unwrap();
+    let saved = Checkpoint::open(&output).unwrap();
+    let norm = saved.read("model.layers.1.input_layernorm.weight").unwrap();
+    assert_eq!(norm.mean(tch::Kind::Float).double_value(&[]), 2.0);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
 }
