@@ -72,7 +72,7 @@ pub fn screenshot(page: &Path, image: &Path) -> Result<bool> {
     };
     let page = page.canonicalize().with_context(|| page.display().to_string())?;
     let image_flag = format!("--screenshot={}", image.display());
-    run(&browser, &page, &["--hide-scrollbars", "--window-size=1200,3600", &image_flag])?;
+    run(&browser, &page, &["--hide-scrollbars", "--window-size=1200,4600", &image_flag])?;
     ensure!(image.is_file(), "{} made no picture", browser.display());
     Ok(true)
 }

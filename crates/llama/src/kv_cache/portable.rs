@@ -20,13 +20,13 @@ const QUERY_BLOCK: i64 = 256;
 pub(crate) struct PrefillStep {
     slots: Vec<i64>,
     lengths: Vec<i64>,
-    prefix: PrefixUse,
+    prefix: PrefixSeen,
     causal: Vec<Tensor>, // per run: (block x G, block), true above the diagonal
 }
 
 /// How queries see the prefix.
 #[derive(Debug)]
-enum PrefixUse {
+enum PrefixSeen {
     /// None of them sees any of it.
     None,
     /// All of them see all of it.
@@ -35,7 +35,7 @@ enum PrefixUse {
     Parts(Vec<Tensor>),
 }
 
-impl PrefixUse {
+impl PrefixSeen {
     /// `seen`: for each query how many tokens of the prefix it sees.
     fn new(heads: &Heads, device: Device, seen: &[i64], prefix: Option<&SharedPrefix>) -> Self {
         let length = prefix.map_or(0, |prefix| prefix.len() as i64);
@@ -86,7 +86,7 @@ impl PrefillStep {
         Self {
             slots: rows.iter().map(|row| row.slot).collect(),
             lengths: rows.iter().map(|row| row.length).collect(),
-            prefix: PrefixUse::new(heads, device, &seen, prefix),
+            prefix: PrefixSeen::new(heads, device, &seen, prefix),
             causal: heads.runs.iter().map(per_run).collect(),
         }
     }
@@ -95,7 +95,7 @@ impl PrefillStep {
     pub(crate) fn attend(&self, cache: &mut SlotCache, of: LayerStep<'_>) -> Result<Tensor> {
         let LayerStep { layer, heads, prefix, q, k, v } = of;
         self.store(cache.runs(layer), heads, k, v)?;
-        if matches!(self.prefix, PrefixUse::None) {
+        if matches!(self.prefix, PrefixSeen::None) {
             return causal_attention(heads, q, k, v, &self.lengths);
         }
         of.by_run(|index, run, q| {
@@ -157,7 +157,7 @@ pub(crate) struct DecodeStep {
     rows: Tensor,      // (B): 0..B
     positions: Tensor, // (B): where in its slot each row's token goes
     longest: i64,
-    prefix: PrefixUse,
+    prefix: PrefixSeen,
     hidden: Vec<Option<Tensor>>, // per run: (B x KV, 1, S), true behind a row's last token
 }
 
@@ -188,7 +188,7 @@ impl DecodeStep {
             rows: Tensor::arange(count, (Kind::Int64, device)),
             positions: lengths - 1,
             longest,
-            prefix: PrefixUse::new(heads, device, &seen, prefix),
+            prefix: PrefixSeen::new(heads, device, &seen, prefix),
             hidden: heads.runs.iter().map(per_run).collect(),
         }
     }

@@ -88,7 +88,11 @@ fn a_signal_stops_groups_of_several_ranks_at_a_row() {
     kill_process(job.launcher(), Signal::USR1).unwrap();
     let end = job.end(Duration::from_secs(60));
     assert_eq!(end.status.and_then(|status| status.code()), Some(75), "{}", end.said);
-    assert!(end.said.contains("of 400 rows are there"), "{}", end.said);
+    end.assert_said("of 400 rows are there");
+    // Rank 0 has shown the rows of both groups.
+    for part in ["/400 rows, ", " rows/s, ", " left, ", " tokens/s in 2 groups, ", " of 2 slots"] {
+        end.assert_said(part);
+    }
     let before = rows(folder);
     assert!((1..MANY).contains(&before.len()), "{}", before.len());
     for group in 0..2 {
