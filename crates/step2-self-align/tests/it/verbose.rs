@@ -86,6 +86,27 @@ fn each_verbose_rule_drops_what_it_is_for() {
 }
 
 #[test]
+fn what_comes_near_a_verbose_rule_is_kept() {
+    let stays = |instruction: &str, answer: String| {
+        assert_eq!(kept(&row(instruction, &answer)), format!("{answer}\n\n### User\n"));
+    };
+    let refrain = "Heat rises and water follows.";
+    stays("x", format!("{refrain} {THOROUGH} {refrain}"));
+    let question = "How does a kettle bring its water to the boil?";
+    stays(question, format!("You ask: \"{question}\" {THOROUGH}"));
+    stays("x", THOROUGH.replace("In short:", "A line like ### User is a heading. In short:"));
+    let meta_prompt = MetaPrompt::open_as(Form::Verbose, None).unwrap();
+    let own = meta_prompt.text.split("### Dromedary (extensive)\n").nth(1).unwrap();
+    let phrase: Vec<&str> = own.split_whitespace().take(6).collect();
+    stays("x", format!("{THOROUGH} {}", phrase.join(" ")));
+    // Ended by the model itself, and cut behind the mark of the next turn.
+    let mut complete = row("x", THOROUGH);
+    complete.output = THOROUGH.to_owned();
+    complete.finish_reason = FinishReason::Eos;
+    assert_eq!(kept(&complete), format!("{THOROUGH}\n\n### User\n"));
+}
+
+#[test]
 fn short_but_complete_answers_at_the_border() {
     let words = |count: usize| -> String {
         (0..count).map(|n| format!("word{n}")).collect::<Vec<_>>().join(" ")
