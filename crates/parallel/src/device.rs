@@ -23,6 +23,24 @@ pub fn select_device(name: &str, local_rank: usize, world: &dyn Communicator) ->
     select(name, local_rank, world, &host::name(), &System)
 }
 
+/// The device that such a name means in a plan: a GPU that is named need not be here; `auto` is one
+/// where there is one here.
+///
+/// # Errors
+/// Another word.
+pub fn planned_device(name: &str) -> Result<Device> {
+    planned(name, &System)
+}
+
+fn planned(name: &str, gpus: &dyn Gpus) -> Result<Device> {
+    let visible = if name == "auto" { gpus.visible() } else { usize::MAX };
+    choose(name, 0, visible).ok_or_else(|| Error::Device {
+        name: name.to_owned(),
+        visible: gpus.visible(),
+        reason: gpus.reason(),
+    })
+}
+
 /// What a process can know about GPUs; tests have made-up ones.
 trait Gpus {
     /// Number of GPUs that can be computed on.
@@ -162,6 +180,17 @@ mod tests {
     fn gpus_of_a_node_are_dealt_out_by_local_rank() {
         let got = selected("auto", &[("a", 0, &[1, 2]), ("a", 1, &[1, 2]), ("b", 0, &[1, 2])]);
         assert_eq!(got, [Ok(Device::Cuda(0)), Ok(Device::Cuda(1)), Ok(Device::Cuda(0))]);
+    }
+
+    #[test]
+    fn a_gpu_that_is_planned_for_need_not_be_here() {
+        let planned = |name, gpus: &[u8]| planned(name, &Stand(gpus.to_vec())).ok();
+        assert_eq!(planned("auto", &[]), Some(Device::Cpu));
+        assert_eq!(planned("auto", &[7]), Some(Device::Cuda(0)));
+        assert_eq!(planned("cpu", &[7]), Some(Device::Cpu));
+        assert_eq!(planned("cuda", &[]), Some(Device::Cuda(0)));
+        assert_eq!(planned("cuda:3", &[]), Some(Device::Cuda(3)));
+        assert_eq!((planned("cuda:", &[]), planned("gpu", &[])), (None, None));
     }
 
     #[test]

@@ -42,7 +42,7 @@ mod threads;
 mod work_queue;
 
 pub use communicator::{AbortHandle, Communicator, Message, check_agreement, check_agreements};
-pub use device::select_device;
+pub use device::{planned_device, select_device};
 pub use dims::ParallelDims;
 pub use error::{Error, Result};
 pub use fault::fault_point;

@@ -7,11 +7,10 @@ use std::path::{Path, PathBuf};
 use dromedary_llama::{
     Checkpoint, Footprint, LoadOptions, Memory, Plan as ShardPlan, Workload, select_kind,
 };
-use dromedary_parallel::{ParallelDims, SingleProcess, select_device};
+use dromedary_parallel::{ParallelDims, planned_device};
 use dromedary_records::{FoundPrompt, read_prompts};
 use dromedary_tokenizer::Tokenizer;
 use serde::Serialize;
-use tch::Device;
 
 use crate::generate::GenerateConfig;
 use crate::metrics::Line;
@@ -176,10 +175,7 @@ impl Input {
 fn memory(config: &GenerateConfig, tp: usize, prefix: u64) -> Result<Vec<Memory>> {
     let (model, stored) = Checkpoint::config_and_dtype(&config.checkpoint)?;
     let shards = ShardPlan::new(&model, tp)?;
-    let device = match config.device.as_str() {
-        "cuda" => Device::Cuda(0),
-        name => select_device(name, 0, &SingleProcess)?,
-    };
+    let device = planned_device(&config.device)?;
     let kind = select_kind(&config.dtype, device, stored)?;
     // Fewer tokens are fewer rows of the full length.
     let rows = config.max_kv_tokens.map_or(usize::MAX, |most| (most / config.max_seq_len).max(1));

@@ -6,7 +6,7 @@ use std::{
 };
 
 use dromedary_command::{Common, Error, boolean, required};
-use dromedary_parallel::{SingleProcess, select_device};
+use dromedary_parallel::planned_device;
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
@@ -361,14 +361,6 @@ fn aligned(rows: &[Vec<String>]) -> String {
         text.push('\n');
     }
     text
-}
-
-/// The device to plan for, which need not be here.
-fn planned_device(name: &str) -> crate::Result<Device> {
-    if name == "cuda" {
-        return Ok(Device::Cuda(0));
-    }
-    Ok(select_device(name, 0, &SingleProcess)?)
 }
 
 #[cfg(test)]

@@ -69,6 +69,9 @@ fn a_plan_tells_rows_tokens_memory_and_hours() {
     let text = shown(folder, &format!("{flags} --group-size 5 --ranks 4 --tp 2"));
     assert!(text.contains("groups     10, up to 1 rows each"), "{text}");
     assert!(text.contains("rank 0: ") && text.contains("rank 1: ") && !text.contains("rank 2: "));
+    // A GPU need not be where the plan is made.
+    let gpu = flags.replace("--device cpu", "--device cuda:1");
+    assert!(shown(folder, &gpu).contains("rank 0: "), "{gpu}");
 
     // What a run was like tells what the next one will be.
     generate_with(
