@@ -11,7 +11,7 @@ use crate::kills::{assert_whole, numbered, rows, until_rows, world};
 use crate::support::folder_of;
 
 /// So many prompts that one group has not done them all before the other begins.
-const PROMPTS: usize = 120;
+const PROMPTS: usize = 240;
 /// So many that they last until a signal comes.
 const MANY: usize = 400;
 
