@@ -185,7 +185,9 @@ pub(crate) fn f32_values(tensor: &Tensor, span: usize) -> &[f32] {
         return &[];
     }
     // SAFETY: the callers in `values.rs` have checked kind, device and layout, so that `span`
-    // initialised values lie behind the pointer. Nothing writes to them while the tensor is borrowed,
+    // values lie behind the pointer. Where libtorch has allocated them and nobody has written them yet,
+    // they hold what its allocator, which the compiler cannot see into, left there: some f32, like
+    // any 32 bits. Nothing writes to them while the tensor is borrowed,
     // unless someone holds another handle of it, as libtorch's own operations assume too.
     unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast_const().cast(), span) }
 }

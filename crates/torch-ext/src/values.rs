@@ -88,11 +88,23 @@ impl F32Buffer {
     /// # Errors
     /// No memory.
     pub fn zeros(size: &[i64]) -> Result<Self> {
-        let message = |error: tch::TchError| Error::Torch {
+        Self::of(Tensor::f_zeros(size, (Kind::Float, Device::Cpu)))
+    }
+
+    /// Values that hold anything, for what is written in whole: zeroing results costs a pass over
+    /// each, on one thread.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn unfilled(size: &[i64]) -> Result<Self> {
+        Self::of(Tensor::f_empty(size, (Kind::Float, Device::Cpu)))
+    }
+
+    fn of(tensor: std::result::Result<Tensor, tch::TchError>) -> Result<Self> {
+        let tensor = tensor.map_err(|error| Error::Torch {
             operation: "buffer",
             message: error.to_string().lines().next().unwrap_or_default().to_owned(),
-        };
-        let tensor = Tensor::f_zeros(size, (Kind::Float, Device::Cpu)).map_err(message)?;
+        })?;
         let len = tensor.numel();
         Ok(Self { tensor, len })
     }

@@ -21,7 +21,7 @@ use crate::{
 
 /// Prompts are read together until they have this many tokens: enough to keep the products wide,
 /// few enough to bound the memory of a prefill.
-pub(crate) const PREFILL_TOKENS: usize = 2048;
+pub(crate) const PREFILL_TOKENS: usize = 512;
 
 /// Slots are made this much longer at once, so that they are not copied for every row that is a
 /// little longer than those before.

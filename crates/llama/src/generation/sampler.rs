@@ -73,7 +73,6 @@ pub(super) struct Sampler {
     sampling: Sampling,
     penalties: Penalties,
     kernels: Kernels,
-    candidates: Vec<Candidate>,
     gathered_rows: u64,
 }
 
@@ -92,7 +91,6 @@ impl Sampler {
             penalties: Penalties::new(&sampling, tokenizer),
             sampling,
             kernels: Kernels::detect(),
-            candidates: Vec::new(),
             gathered_rows: 0,
         }
     }
@@ -137,10 +135,23 @@ impl Sampler {
         if !open.is_empty() {
             let rows = Tensor::from_slice(&open).to_device(logits.device());
             let whole = (vocabulary.gather)(logits.f_index_select(0, &rows)?)?; // (rows, V)
-            for (index, row) in (0i64..).zip(open) {
+            self.gathered_rows += open.len() as u64;
+            let whole = whole.f_to_device(Device::Cpu)?;
+            let whole = Rows::of(&whole)?;
+            let mut tokens = vec![None; open.len()];
+            tasks::run(
+                tokens.iter_mut().zip(&open).enumerate().collect(),
+                Vec::new,
+                |candidates, (index, (token, &row))| {
+                    let (total, key) = (offers[row as usize].total, &keys[row as usize]);
+                    let logits = whole.row(index);
+                    *token =
+                        draw_from_all(logits, total, &self.sampling, key.uniform(), candidates);
+                },
+            )?;
+            for (row, token) in open.into_iter().zip(tokens) {
                 let row = row as usize;
-                let token = self.draw_from_all(&whole.get(index), offers[row].total, &keys[row])?;
-                chosen[row] = token;
+                chosen[row] = token.ok_or_else(|| keys[row].not_finite())?;
             }
         }
         Ok(chosen)
@@ -221,23 +232,26 @@ impl Sampler {
         sort(&mut best);
         Offer { max: max as f32, total, best, complete }
     }
+}
 
-    /// Looks at more and more of a row's logits until they tell the token.
-    fn draw_from_all(&mut self, row: &Tensor, total: f64, key: &RowKey<'_>) -> Result<u32> {
-        self.gathered_rows += 1;
-        let logits = Vec::<f32>::try_from(row)?;
-        let mut count = CANDIDATES;
-        loop {
-            count = (count * 8).min(logits.len());
-            best_of(&logits, 0, count, &mut self.candidates);
-            let complete = count == logits.len();
-            let known = Known { best: &self.candidates, complete, total };
-            if let Some(token) = draw(&known, &self.sampling, key.uniform()) {
-                return Ok(token);
-            }
-            if complete {
-                return Err(key.not_finite());
-            }
+/// Looks at more and more of a row's logits until they tell the token; `None` where not even all do,
+/// because some are not finite.
+fn draw_from_all(
+    logits: &[f32],
+    total: f64,
+    sampling: &Sampling,
+    uniform: f64,
+    candidates: &mut Vec<Candidate>,
+) -> Option<u32> {
+    let mut count = CANDIDATES;
+    loop {
+        count = (count * 8).min(logits.len());
+        best_of(logits, 0, count, candidates);
+        let complete = count == logits.len();
+        let known = Known { best: candidates, complete, total };
+        let token = draw(&known, sampling, uniform);
+        if token.is_some() || complete {
+            return token;
         }
     }
 }

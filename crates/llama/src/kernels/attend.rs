@@ -175,14 +175,17 @@ impl<'a> AttendKeys<'a, '_> {
         let (depth, value_len) = (self.layout.head_dim, self.layout.value_len());
         let (count, length) = (rows.end - rows.start, keys.end - keys.start);
         let panel = UNIT * depth;
-        // Each of the first tiles fetches its share of what comes next: keys while it scores, values
-        // while it mixes.
-        let next = self.next_block(keys.start).filter(|_| tile < FETCHING_TILES);
+        // Tiles that are evenly apart fetch a share of what comes next each, so that memory is asked for
+        // steadily: keys while they score, values while they mix.
+        let apart = (self.limits.len().div_ceil(MAX_ROWS) / FETCHING_TILES).max(1);
+        let share = tile / apart;
+        let fetches = tile % apart == 0 && share < FETCHING_TILES;
+        let next = self.next_block(keys.start).filter(|_| fetches);
         let queries = &self.queries[rows.start * depth..];
         let mut scores = Columns::of(&mut self.scores.0[..], BLOCK);
         for unit in (0..length.div_ceil(UNIT)).step_by(MAX_UNITS) {
             let values = &self.head.keys[(keys.start / UNIT + unit) * panel..];
-            let at = (tile * (BLOCK / UNIT / MAX_UNITS) + unit / MAX_UNITS) * panel;
+            let at = (share * (BLOCK / UNIT / MAX_UNITS) + unit / MAX_UNITS) * panel;
             let fetch = next.and_then(|next| next.keys.get(at..));
             Product {
                 a: queries,
@@ -212,7 +215,7 @@ impl<'a> AttendKeys<'a, '_> {
         }
         let mut out = Columns::of(self.partial.out, value_len);
         for unit in (0..value_len / UNIT).step_by(MAX_UNITS) {
-            let at = (tile + unit / MAX_UNITS * FETCHING_TILES) * BLOCK * UNIT;
+            let at = (share + unit / MAX_UNITS * FETCHING_TILES) * BLOCK * UNIT;
             let fetch = next.and_then(|next| next.values.get(at..));
             Product {
                 a: &self.scores.0[..],

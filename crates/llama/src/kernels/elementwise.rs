@@ -63,19 +63,27 @@ impl Kernel for Weigh<'_> {
         }
         let max = simd.largest(largest);
         let (shift, scale) = (simd.splat(max.max(self.floor)), simd.splat(1.0 / self.temperature));
-        let weight = |values| simd.exp(simd.mul(simd.sub(values, shift), scale));
         // The fill of the rest weighs almost nothing, and not nothing: it is taken out.
-        let mut total =
-            f64::from(simd.lanes(weight(rest))[..self.values.len() % UNIT].iter().sum::<f32>());
+        let mut total = f64::from(
+            simd.lanes(weight(simd, rest, [shift, scale]))[..self.values.len() % UNIT]
+                .iter()
+                .sum::<f32>(),
+        );
         for units in units.chunks(EXACT_UNITS) {
             let mut sum = simd.splat(0.0);
             for unit in units {
-                sum = simd.add(sum, weight(simd.load(unit)));
+                sum = simd.add(sum, weight(simd, simd.load(unit), [shift, scale]));
             }
             total += f64::from(simd.sum(sum));
         }
         (max, total)
     }
+}
+
+/// No closure: one is compiled on its own, without the instructions of the level that runs it.
+#[inline(always)]
+fn weight<S: Simd>(simd: S, values: S::Unit, [shift, scale]: [S::Unit; 2]) -> S::Unit {
+    simd.exp(simd.mul(simd.sub(values, shift), scale))
 }
 
 /// The gradient of a norm's input from that of its output.

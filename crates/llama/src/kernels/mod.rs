@@ -59,7 +59,7 @@ impl Kernels {
     /// x: `(T, C)`, weight: `(C)`, result: `(T, C)`.
     pub(crate) fn norm(self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
         let x = x.contiguous();
-        let mut out = F32Buffer::zeros(&x.size())?;
+        let mut out = F32Buffer::unfilled(&x.size())?;
         let (x, weight) = (Rows::of(&x)?, Rows::of(weight)?);
         self.norm_rows(x.values(), (weight.values(), eps), out.values_mut())?;
         Ok(out.into_tensor())
@@ -77,7 +77,7 @@ impl Kernels {
     /// # Shapes
     /// x: `(T, N, D)`, cos and sin: `(T, 1, D/2)`, result: `(T, N, D)`.
     pub(crate) fn rotate(self, x: &Tensor, [cos, sin]: [&Tensor; 2]) -> Result<Tensor> {
-        let mut out = F32Buffer::zeros(&x.size())?;
+        let mut out = F32Buffer::unfilled(&x.size())?;
         let (x, cos, sin) = (Rows::of(x)?, Rows::of(cos)?, Rows::of(sin)?);
         let width = x.width();
         self.by_rows(width, out.values_mut(), |rows, out| {
@@ -96,7 +96,7 @@ impl Kernels {
     /// gate_up: `(T, 2 F)`, result: `(T, F)`.
     pub(crate) fn silu_mul(self, gate_up: &Tensor) -> Result<Tensor> {
         let (tokens, both) = gate_up.size2()?;
-        let mut out = F32Buffer::zeros(&[tokens, both / 2])?;
+        let mut out = F32Buffer::unfilled(&[tokens, both / 2])?;
         let gate_up = Rows::of(gate_up)?;
         self.silu_mul_rows(gate_up.values(), gate_up.width() / 2, out.values_mut())?;
         Ok(out.into_tensor())

@@ -62,7 +62,7 @@ impl PackedWeight {
     /// # Errors
     /// No memory.
     pub fn unpack(&self) -> Result<Tensor> {
-        let mut weight = F32Buffer::zeros(&[self.out as i64, self.depth as i64])?;
+        let mut weight = F32Buffer::unfilled(&[self.out as i64, self.depth as i64])?;
         if self.depth > 0 {
             panels::unpack(self.panels.values(), self.depth, weight.values_mut());
         }
@@ -78,7 +78,7 @@ impl PackedWeight {
     /// # Panics
     /// If a row is not below O.
     pub(crate) fn rows(&self, rows: &[u32]) -> Result<Tensor> {
-        let mut out = F32Buffer::zeros(&[rows.len() as i64, self.depth as i64])?;
+        let mut out = F32Buffer::unfilled(&[rows.len() as i64, self.depth as i64])?;
         if self.depth > 0 {
             let panels = self.panels.values();
             for (&row, out) in rows.iter().zip(out.values_mut().chunks_exact_mut(self.depth)) {
@@ -109,7 +109,10 @@ impl PackedWeight {
             ))));
         }
         let units = self.out.div_ceil(UNIT);
-        let mut out = F32Buffer::zeros(&[tokens, (units * UNIT) as i64])?;
+        let size = [tokens, (units * UNIT) as i64];
+        // A product over no features writes nothing.
+        let mut out =
+            if self.depth > 0 { F32Buffer::unfilled(&size)? } else { F32Buffer::zeros(&size)? };
         let x = Rows::of(&x)?;
         let shares = tasks::shares(units);
         let columns: Vec<_> =

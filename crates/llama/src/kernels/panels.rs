@@ -50,16 +50,20 @@ impl Multiply<'_, '_> {
         } else {
             (unit + units) * panel
         };
-        // Each of the first tiles fetches its share of the units.
+        // Tiles that are evenly apart fetch a share of the units each: memory is asked for steadily.
         let lines = match tiles {
             1 => 4,
             2 | 3 => 2,
             _ => 1,
         };
+        let count = units.div_ceil(lines);
+        let shares = (0..count).map(|share| share * tiles / count);
         for (tile, part) in even_parts(rows, MAX_ROWS).enumerate() {
             let rows = slab.start + part.start..slab.start + part.end;
-            let fetch = next + tile * lines * panel;
-            let fetch = if tile * lines < units { self.panels.get(fetch..) } else { None };
+            let fetch = shares
+                .clone()
+                .position(|at| at == tile)
+                .and_then(|share| self.panels.get(next + share * lines * panel..));
             Product {
                 a: &self.x[rows.start * self.depth + block.start..],
                 a_row: self.depth,

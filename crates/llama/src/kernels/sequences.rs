@@ -231,7 +231,7 @@ impl FusedStep {
         prefix: Option<&SlotKeys>,
         q: &Tensor,
     ) -> Result<Tensor> {
-        let mut out = F32Buffer::zeros(&q.size())?;
+        let mut out = F32Buffer::unfilled(&q.size())?;
         let q = Rows::of(q)?;
         let groups = groups(heads);
         let mut pieces = &self.pieces[..];
