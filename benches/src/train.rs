@@ -2,16 +2,18 @@
 
 use std::{
     fs,
+    ops::ControlFlow,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use dromedary_llama::{Checkpoint, Llama, LoadOptions, LoraConfig};
-use dromedary_parallel::SingleProcess;
+use dromedary_llama::{
+    Checkpoint, DEFAULT_MAX_SHARD_SIZE, Llama, LoadOptions, LoraConfig, QuantizeOptions, quantize,
+};
 use dromedary_principle_engraving::{
     ActivationsMode, AdamWConfig, BatchConfig, Batches, Example, MemoryPlan, PlanInput,
-    PlannedTraining, Schedule, ScheduleType, Trained, Trainer, TrainerParts,
+    PlannedTraining, Ranks, Schedule, ScheduleType, Trained, Trainer, TrainerParts,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde::Deserialize;
@@ -39,6 +41,9 @@ pub(crate) struct TrainArgs {
     /// Train all weights instead of adapters.
     #[arg(long)]
     full: bool,
+    /// Keep the frozen weights in four bits.
+    #[arg(long, conflicts_with = "full")]
+    qlora: bool,
     /// Steps; the first is not counted.
     #[arg(long, default_value_t = 5)]
     steps: usize,
@@ -55,9 +60,14 @@ struct Row {
 
 pub(crate) fn run(args: &TrainArgs) -> Result<()> {
     tch::set_num_threads(args.model.threads);
-    let checkpoint = Checkpoint::open(&args.model.checkpoint)?;
-    let options = LoadOptions { pack: false, ..LoadOptions::default() };
-    let mut model = Llama::load(&checkpoint, &options)?;
+    let options = LoadOptions { pack: false, nf4: args.qlora, ..LoadOptions::default() };
+    let mut model = if args.qlora {
+        let folder = tempfile::tempdir()?;
+        let base = quantised(&args.model.checkpoint, folder.path().join("nf4"))?;
+        Llama::load(&base, &options)?
+    } else {
+        Llama::load(&Checkpoint::open(&args.model.checkpoint)?, &options)?
+    };
     let loaded = machine::rss_mb()?.0;
     let lora = LoraConfig { r: args.r, ..LoraConfig::default() };
     let adamw = AdamWConfig::default();
@@ -89,7 +99,7 @@ pub(crate) fn run(args: &TrainArgs) -> Result<()> {
         batches: Batches::new(batches, vec![args.length; examples.len()]),
         schedule: Schedule::new(ScheduleType::Constant, 1e-4, 0.0, steps as u64),
         kept_layers: if args.keep { usize::MAX } else { 0 },
-        comm: &SingleProcess,
+        ranks: Ranks::single(),
     });
     let mut measured = Vec::new();
     for step in 0..steps {
@@ -109,13 +119,29 @@ pub(crate) fn run(args: &TrainArgs) -> Result<()> {
     let peak = machine::rss_mb()?.1;
     println!(
         "| training {}, {}{} | {rate:.1} tokens/s | peak {peak} MB, planned {}, {} MB above the loaded weights |",
-        if args.full { "all weights" } else { "adapters" },
+        match (args.full, args.qlora) {
+            (true, _) => "all weights",
+            (_, true) => "adapters on four bits",
+            _ => "adapters",
+        },
         if args.keep { "activations kept" } else { "recomputed" },
         if args.rows.is_some() { ", real lengths" } else { "" },
         planned / 1_000_000,
         peak.saturating_sub(loaded)
     );
     Ok(())
+}
+
+/// The checkpoint with its linear layers in four bits.
+fn quantised(checkpoint: &Path, output: PathBuf) -> Result<Checkpoint> {
+    let options = QuantizeOptions {
+        checkpoint: checkpoint.to_owned(),
+        output,
+        max_shard_size: DEFAULT_MAX_SHARD_SIZE,
+        verify: false,
+    };
+    quantize(&options, &mut |_| ControlFlow::Continue(()))?;
+    Ok(Checkpoint::open(options.output)?)
 }
 
 /// Bytes that the trainer plans for the largest batch.

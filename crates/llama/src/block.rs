@@ -39,6 +39,11 @@ pub struct Layer {
 }
 
 impl Layer {
+    /// The linear layers, in the order of the forward pass.
+    pub fn linears(&self) -> [&Linear; 4] {
+        [&self.qkv_proj, &self.o_proj, &self.gate_up_proj, &self.down_proj]
+    }
+
     /// See [`crate::Llama::replace_weights`].
     pub(crate) fn replace_weights(
         &mut self,

@@ -1,4 +1,5 @@
-//! Gradients of a tensor-parallel group: partial sums added up, and their norm.
+//! Trained tensors of a tensor-parallel group: gradients that are partial sums added up, their norm, and
+//! whole tensors out of the parts.
 
 use dromedary_parallel::Communicator;
 use tch::{Kind, Tensor, no_grad};
@@ -60,6 +61,32 @@ pub fn global_norm(gradients: &[(&TrainedPart, &Tensor)], comm: &dyn Communicato
         comm.all_reduce_sum(&mut sum)?;
     }
     Ok(sum.f_double_value(&[0])?.sqrt())
+}
+
+/// The whole of a trained tensor from each rank's part of it: what several ranks hold is its owner's.
+///
+/// Every rank of the group must call this; all get the same.
+///
+/// # Errors
+/// The group is not the one of the plan, or the exchange failed.
+pub fn gather_trained(
+    part: &TrainedPart,
+    local: &Tensor,
+    comm: &dyn Communicator,
+) -> Result<Tensor> {
+    check_group(&[(part, local)], comm)?;
+    if comm.world_size() == 1 {
+        return Ok(local.shallow_clone());
+    }
+    let by_columns = matches!(part.shard(), Shard::Columns(_));
+    let turned = |tensor: &Tensor| if by_columns { tensor.tr() } else { tensor.shallow_clone() };
+    no_grad(|| {
+        let owned = match part.owned_of(local) {
+            Some(owned) => turned(&owned),
+            None => turned(local).f_narrow(0, 0, 0)?,
+        };
+        Ok(turned(&comm.all_gather(&owned.f_contiguous()?)?).f_contiguous()?)
+    })
 }
 
 fn check_group(gradients: &[(&TrainedPart, &Tensor)], comm: &dyn Communicator) -> Result<()> {

@@ -7,7 +7,10 @@ use std::ops::Range;
 use tch::Tensor;
 
 pub use crate::kernels::PackedWeight;
-use crate::{LoraDropout, Result, kernels::Kernels, model::ReplaceWeight};
+use crate::{
+    LoraDropout, QuantisedWeight, Result, kernels::Kernels, model::ReplaceWeight,
+    quantised::Nf4Slice,
+};
 
 /// How the frozen weight of a [`Linear`] is stored.
 #[derive(Debug)]
@@ -17,6 +20,9 @@ pub enum Weight {
     Dense(Tensor),
     /// `(O, I)` in the layout of the CPU's own kernels; f32 only.
     Packed(PackedWeight),
+    /// `(O, I)` in NF4 on the CPU, dequantised for the moment of use. It stays as it is: it cannot be
+    /// trained.
+    Nf4(QuantisedWeight),
 }
 
 impl Weight {
@@ -25,14 +31,25 @@ impl Weight {
         match self {
             Self::Dense(weight) => (weight.size()[0], weight.size()[1]),
             Self::Packed(weight) => weight.size(),
+            Self::Nf4(weight) => weight.size(),
+        }
+    }
+
+    /// The weight as libtorch multiplies it: a view, or newly allocated where it is kept in another
+    /// form.
+    pub(crate) fn dense(&self) -> Result<Tensor> {
+        match self {
+            Self::Dense(weight) => Ok(weight.shallow_clone()),
+            Self::Packed(weight) => weight.unpack(),
+            Self::Nf4(weight) => weight.dequantise(),
         }
     }
 
     /// `x W^T`.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Dense(weight) => Ok(x.f_matmul(&weight.f_to_kind(x.kind())?.tr())?),
             Self::Packed(weight) => weight.forward(x),
+            _ => Ok(x.f_matmul(&self.dense()?.f_to_kind(x.kind())?.tr())?),
         }
     }
 }
@@ -102,20 +119,24 @@ impl Linear {
     /// # Errors
     /// The weights differ in kind, device or columns.
     pub fn fuse(parts: Vec<(&'static str, Tensor)>, parallel: Parallel) -> Result<Self> {
-        let mut named = Vec::with_capacity(parts.len());
+        let mut rows = Vec::with_capacity(parts.len());
         let mut weights = Vec::with_capacity(parts.len());
-        let mut next = 0;
         for (name, weight) in parts {
-            let rows = next..next + weight.size2()?.0;
-            next = rows.end;
-            named.push(Part { name, rows, lora: None });
+            rows.push((name, weight.size2()?.0));
             weights.push(weight);
         }
         let weight = match <[Tensor; 1]>::try_from(weights) {
             Ok([weight]) => weight,
             Err(weights) => Tensor::f_cat(&weights, 0)?,
         };
-        Ok(Self { weight: Weight::Dense(weight), parts: named, parallel })
+        Ok(Self { weight: Weight::Dense(weight), parts: named(rows), parallel })
+    }
+
+    /// A layer of the named projections, kept in NF4.
+    pub(crate) fn fuse_quantised(parts: Vec<(&'static str, Nf4Slice)>, parallel: Parallel) -> Self {
+        let rows = parts.iter().map(|(name, slice)| (*name, slice.rows as i64)).collect();
+        let slices = parts.into_iter().map(|(_, slice)| slice).collect();
+        Self { weight: Weight::Nf4(QuantisedWeight::new(slices)), parts: named(rows), parallel }
     }
 
     /// The named projection.
@@ -126,14 +147,11 @@ impl Linear {
     /// The weight of the named projection alone, `(O of the part, I)`; nothing if it is not here.
     pub(crate) fn part_weight(&self, name: &str) -> Result<Option<Tensor>> {
         let Some(part) = self.part(name) else { return Ok(None) };
-        let all = match &self.weight {
-            Weight::Dense(weight) => weight.shallow_clone(),
-            Weight::Packed(weight) => weight.unpack()?,
-        };
+        let all = self.weight.dense()?;
         Ok(Some(all.f_narrow(0, part.rows.start, part.rows.end - part.rows.start)?))
     }
 
-    /// Stores the weight as [`Weight::Packed`] from now on.
+    /// Stores the weight as [`Weight::Packed`] from now on; one in NF4 stays so.
     ///
     /// # Errors
     /// The weight is not f32 on the CPU, no memory.
@@ -142,7 +160,7 @@ impl Linear {
             Weight::Dense(weight) => {
                 Weight::Packed(PackedWeight::pack(Kernels::detect(), &weight)?)
             }
-            packed @ Weight::Packed(_) => packed,
+            other => other,
         };
         Ok(Self { weight, ..self })
     }
@@ -158,11 +176,7 @@ impl Linear {
             .iter()
             .map(|part| (format!("{module}{}.weight", part.name), part.rows.end - part.rows.start))
             .collect();
-        let weight = match &self.weight {
-            Weight::Dense(weight) => replace(&parts, weight)?,
-            Weight::Packed(weight) => replace(&parts, &weight.unpack()?)?,
-        };
-        self.weight = Weight::Dense(weight);
+        self.weight = Weight::Dense(replace(&parts, &self.weight.dense()?)?);
         Ok(())
     }
 
@@ -192,6 +206,17 @@ impl Linear {
             Err(results) => Tensor::f_cat(&results, 1)?, // (T, O)
         })
     }
+}
+
+/// Parts of so many rows, one below the other.
+fn named(parts: Vec<(&'static str, i64)>) -> Vec<Part> {
+    let mut next = 0;
+    let part = |(name, count): (&'static str, i64)| {
+        let rows = next..next + count;
+        next = rows.end;
+        Part { name, rows, lora: None }
+    };
+    parts.into_iter().map(part).collect()
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ use crate::{
     kernels::Kernels,
     linear::{Linear, Parallel, Part, Weight},
     norm::RmsNorm,
+    quantised::Nf4Slice,
     rotary::{Rotary, RotaryAt},
 };
 
@@ -33,6 +34,10 @@ pub struct LoadOptions {
     /// Pack the linear layers for this crate's own kernels, and compute with them, where that is
     /// possible: f32 on a CPU. Elsewhere, and without it, libtorch's operations compute.
     pub pack: bool,
+    /// Keep linear layers that are stored in NF4 so, on a CPU, and dequantise each when it is used:
+    /// 4.13 bits a parameter, and the work of dequantising in each pass. Without it, and on other
+    /// devices, they are dequantised when they are read.
+    pub nf4: bool,
     /// This process in its tensor-parallel group.
     pub tp_rank: usize,
     /// Size of the tensor-parallel group.
@@ -42,7 +47,7 @@ pub struct LoadOptions {
 impl Default for LoadOptions {
     /// The whole model on the CPU in f32, packed where possible.
     fn default() -> Self {
-        Self { device: Device::Cpu, kind: Kind::Float, pack: true, tp_rank: 0, tp: 1 }
+        Self { device: Device::Cpu, kind: Kind::Float, pack: true, nf4: false, tp_rank: 0, tp: 1 }
     }
 }
 
@@ -146,6 +151,11 @@ impl Llama {
         self.plan.rank(self.options.tp_rank)
     }
 
+    /// This rank in its tensor-parallel group.
+    pub fn tp_rank(&self) -> usize {
+        self.options.tp_rank
+    }
+
     /// The attention heads of this rank.
     pub fn heads(&self) -> &Heads {
         &self.heads
@@ -175,6 +185,20 @@ impl Llama {
         }
         self.compute_kind = kind;
         self
+    }
+
+    /// Whether linear layers are kept in NF4.
+    pub fn keeps_nf4(&self) -> bool {
+        self.nf4_bytes() > 0
+    }
+
+    /// Bytes of the linear layers that are kept in NF4.
+    pub fn nf4_bytes(&self) -> u64 {
+        let bytes = |linear: &Linear| match &linear.weight {
+            Weight::Nf4(weight) => weight.bytes(),
+            _ => 0,
+        };
+        self.layers.iter().flat_map(Layer::linears).map(bytes).sum()
     }
 
     /// Whether weights are packed, and this crate's own kernels compute.
@@ -231,12 +255,8 @@ impl Llama {
 
     /// The first part of a linear layer that has an adapter.
     pub(crate) fn adapted_part(&self) -> Option<&'static str> {
-        let of_layer = |layer: &'_ Layer| {
-            [&layer.qkv_proj, &layer.o_proj, &layer.gate_up_proj, &layer.down_proj]
-                .map(first_adapted)
-        };
-        let layers = self.layers.iter().flat_map(of_layer);
-        layers.chain([first_adapted(&self.lm_head)]).flatten().next()
+        let linears = self.layers.iter().flat_map(Layer::linears);
+        linears.chain([&self.lm_head]).find_map(first_adapted)
     }
 
     /// The projections of all layers with the names of their modules, as in
@@ -282,8 +302,8 @@ impl Llama {
     /// The weight of the embedding, `(V, C)`: a view, or unpacked where the packed head holds it.
     fn embedding(&self) -> Result<Tensor> {
         match (&self.embed_tokens, &self.lm_head.weight) {
-            (Some(weight), _) | (None, Weight::Dense(weight)) => Ok(weight.shallow_clone()),
-            (None, Weight::Packed(head)) => head.unpack(),
+            (Some(weight), _) => Ok(weight.shallow_clone()),
+            (None, head) => head.dense(),
         }
     }
 
@@ -300,7 +320,8 @@ impl Llama {
         }
         let weight = match (&self.embed_tokens, &self.lm_head.weight) {
             (None, Weight::Packed(head)) => return head.rows(ids),
-            (Some(weight), _) | (None, Weight::Dense(weight)) => weight,
+            (Some(weight), _) => weight.shallow_clone(),
+            (None, head) => head.dense()?,
         };
         let ids: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
         let ids = Tensor::from_slice(&ids).f_to_device(self.device())?;
@@ -484,11 +505,31 @@ impl Loader<'_> {
     }
 
     fn linear(&self, module: &str, parts: &[&'static str], parallel: Parallel) -> Result<Linear> {
+        if let Some(slices) = self.quantised(module, parts)? {
+            return Ok(Linear::fuse_quantised(slices, parallel));
+        }
         let weights = parts
             .iter()
             .map(|&part| Ok((part, self.tensor(&format!("{module}.{part}.weight"))?)))
             .collect::<Result<_>>()?;
         self.packed(Linear::fuse(weights, parallel)?)
+    }
+
+    /// The slices of a layer that is to stay in NF4; nothing where one of its projections is not in it.
+    fn quantised(
+        &self,
+        module: &str,
+        parts: &[&'static str],
+    ) -> Result<Option<Vec<(&'static str, Nf4Slice)>>> {
+        if !self.options.nf4 || self.options.device != Device::Cpu {
+            return Ok(None);
+        }
+        let slice = |&part: &&'static str| {
+            let name = format!("{module}.{part}.weight");
+            let slice = self.checkpoint.read_quantised(&name, &self.plan.shard(&name))?;
+            Ok(slice.map(|slice| (part, slice)))
+        };
+        parts.iter().map(slice).collect()
     }
 
     fn packed(&self, linear: Linear) -> Result<Linear> {

@@ -79,6 +79,32 @@ impl Shard {
         }
         shape
     }
+
+    /// The shape of the whole tensor, of which this rank's part has shape `local`.
+    pub fn full_shape(&self, local: &[i64]) -> Vec<i64> {
+        let mut shape = local.to_vec();
+        match self {
+            Shard::Replicated => {}
+            Shard::Rows(slice) => shape[0] = slice.full,
+            Shard::Columns(slice) => shape[1] = slice.full,
+        }
+        shape
+    }
+
+    /// This rank's part of a whole tensor, as a view.
+    ///
+    /// # Errors
+    /// The tensor is smaller than the plan's.
+    pub fn narrow(&self, whole: &tch::Tensor) -> Result<tch::Tensor> {
+        let narrow = |dim, slice: &Slice| {
+            whole.f_narrow(dim, slice.range.start, slice.range.end - slice.range.start)
+        };
+        Ok(match self {
+            Shard::Replicated => whole.shallow_clone(),
+            Shard::Rows(slice) => narrow(0, slice)?,
+            Shard::Columns(slice) => narrow(1, slice)?,
+        })
+    }
 }
 
 /// A key/value head and the query heads of one rank that read it.

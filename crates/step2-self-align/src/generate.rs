@@ -476,6 +476,7 @@ fn load(
         device,
         kind: select_kind(&config.dtype, device, checkpoint.dtype())?,
         pack: true,
+        nf4: false,
         tp_rank: place.dims.tp_rank(place.world.rank()),
         tp: place.dims.tp,
     };

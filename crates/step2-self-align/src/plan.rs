@@ -185,7 +185,7 @@ fn memory(config: &GenerateConfig, tp: usize, prefix: u64) -> Result<Vec<Memory>
         max_seq_len: config.max_seq_len as u64,
     };
     let of_rank = |tp_rank| {
-        let options = LoadOptions { device, kind, pack: true, tp_rank, tp };
+        let options = LoadOptions { device, kind, pack: true, nf4: false, tp_rank, tp };
         Footprint::new(&model, &shards, &options).memory(&workload)
     };
     Ok((0..tp).map(of_rank).collect())

@@ -106,15 +106,25 @@ pub struct TrainArgs {
     /// Train all weights instead of adapters; `model/` is written then [default: false].
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
     pub full_finetune: Option<bool>,
-    /// Bits of the frozen weights. They are held in --dtype; 4 and 8 are accepted with a warning,
-    /// so that command lines of QLoRA run [default: 16].
+    /// Bits of the frozen weights: 4 keeps a base that `llama quantize` has stored in NF4 as it is, 16
+    /// dequantises it into --dtype. A base that is stored otherwise is held in --dtype, with a warning
+    /// where 4 or 8 are asked for [default: as the base is stored].
     #[arg(long, value_name = "BITS")]
     pub bits: Option<u8>,
+
+    /// Ranks that hold one model together; more ranks are more replicas, which share the rows of a
+    /// step [default: all ranks].
+    #[arg(long, value_name = "N")]
+    pub tp: Option<usize>,
+    /// Divide the optimizer's moments over the replicas: the same results in less memory
+    /// [default: false].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
+    pub shard_optimizer: Option<bool>,
 
     /// Rows of a micro-batch [default: 1].
     #[arg(long, value_name = "ROWS")]
     pub per_device_train_batch_size: Option<usize>,
-    /// Micro-batches of an optimizer step [default: 16].
+    /// Micro-batches of an optimizer step, of each replica [default: 16].
     #[arg(long, value_name = "N")]
     pub gradient_accumulation_steps: Option<usize>,
     /// Passes over the rows [default: 1].

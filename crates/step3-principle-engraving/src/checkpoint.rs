@@ -19,6 +19,7 @@ use tch::{Kind, Tensor};
 
 use crate::{
     error::{Error, Result},
+    ranks::Ranks,
     run::ADAPTER_DIR,
     trained::Trained,
     trainer::Position,
@@ -44,24 +45,78 @@ pub(crate) struct TrainerState {
     pub updates: u64,
     /// Hash of everything that the following steps depend on.
     pub config_hash: String,
+    /// Replicas that the run had, and ranks of each.
+    #[serde(default = "one_rank")]
+    pub dp_and_tp: [usize; 2],
 }
 
-/// Writes `checkpoint-<step>` under `output_dir`.
+/// What runs had before they could have more.
+fn one_rank() -> [usize; 2] {
+    [1, 1]
+}
+
+/// `dp 2 x tp 1`
+fn layout([dp, tp]: [usize; 2]) -> String {
+    format!("dp {dp} x tp {tp}")
+}
+
+/// Writes `checkpoint-<step>` under `output_dir`: the first rank does, out of the parts of its replica.
+/// Every rank must call this.
 ///
 /// # Errors
 /// If the disk is full or not writable; nothing is left under the checkpoint's name then.
-pub(crate) fn save(output_dir: &Path, trained: &Trained, state: &TrainerState) -> Result<PathBuf> {
+pub(crate) fn save(
+    output_dir: &Path,
+    trained: &Trained,
+    state: &TrainerState,
+    ranks: &Ranks<'_>,
+) -> Result<PathBuf> {
+    let step = state.position.step;
+    let path = output_dir.join(format!("{PREFIX}{step}"));
+    let moments = trained.optimizer.moments(ranks.dp())?;
+    if ranks.is_of_first_replica() {
+        let whole = Whole::of(trained, &moments, ranks)?;
+        if ranks.is_first() {
+            write(&path, &whole, state)?;
+        }
+    }
+    ranks.world().barrier()?;
+    Ok(path)
+}
+
+/// What the ranks of a replica hold together.
+struct Whole {
+    adapter: Option<Adapter>,
+    /// Name, value, first and second moment.
+    states: Vec<(String, [Tensor; 3])>,
+}
+
+impl Whole {
+    /// Every rank of the replica must call this; only the first keeps anything.
+    fn of(trained: &Trained, moments: &[Tensor; 2], ranks: &Ranks<'_>) -> Result<Self> {
+        let adapter = trained.adapter(ranks.tp())?;
+        let mut states = Vec::new();
+        for (index, entry) in trained.optimizer.entries().iter().enumerate() {
+            let state = trained.whole_state(index, moments, ranks.tp())?;
+            if ranks.is_first() {
+                states.push((entry.name.clone(), state));
+            }
+        }
+        Ok(Self { adapter, states })
+    }
+}
+
+fn write(path: &Path, whole: &Whole, state: &TrainerState) -> Result<()> {
     let step = state.position.step;
     let fault = |point: &str| fault_point(point, step as usize);
-    let path = output_dir.join(format!("{PREFIX}{step}"));
-    let dir = AtomicDir::replace_existing(&path)?;
-    if let Some(adapter) = trained.adapter() {
+    let dir = AtomicDir::replace_existing(path)?;
+    if let Some(adapter) = &whole.adapter {
         adapter.write_into(dir.path())?;
     }
     fault("after-shard")?;
-    write_states(&dir.path().join(OPTIMIZER_FILE), trained)?;
+    write_states(&dir.path().join(OPTIMIZER_FILE), whole)?;
     let text = serde_json::to_vec_pretty(state)
-        .map_err(|error| damaged(&path, format!("state: {error}")))?;
+        .map_err(|error| damaged(path, format!("state: {error}")))?;
     dromedary_files::write_atomic(dir.path().join(STATE_FILE), &text)?;
     fault("before-manifest")?;
     let manifest = Manifest::of_dir(dir.path())?;
@@ -69,27 +124,23 @@ pub(crate) fn save(output_dir: &Path, trained: &Trained, state: &TrainerState) -
     fault("before-rename")?;
     sealed.publish()?;
     fault("after-rename")?;
-    Ok(path)
+    Ok(())
 }
 
-/// Reads a checkpoint into `trained` and returns where the run stood.
+/// Reads a checkpoint into `trained`, of which each rank takes its part, and returns where the run stood.
 ///
 /// # Errors
 /// If a file is missing, damaged or of another run; the file or the difference is named.
-pub(crate) fn load(path: &Path, trained: &mut Trained, config_hash: &str) -> Result<Position> {
+pub(crate) fn load(
+    path: &Path,
+    trained: &mut Trained,
+    config_hash: &str,
+    ranks: &Ranks<'_>,
+) -> Result<Position> {
     verify(path)?;
     let state = read_state(path)?;
-    if state.config_hash != config_hash {
-        return Err(damaged(
-            path,
-            format!(
-                "it belongs to a run with other settings or data (hash {}, this run has {config_hash}); \
-                 give another --output-dir, or --resume never",
-                state.config_hash
-            ),
-        ));
-    }
-    let adapter = trained.adapter().map(|_| Adapter::open(path)).transpose()?;
+    check_run(path, &state, config_hash, ranks)?;
+    let adapter = if trained.trains_weights() { None } else { Some(Adapter::open(path)?) };
     let bytes = read(&path.join(OPTIMIZER_FILE))?;
     let file = SafeTensors::deserialize(&bytes)
         .map_err(|error| damaged(path, format!("{OPTIMIZER_FILE}: {error}")))?;
@@ -109,6 +160,40 @@ pub(crate) fn load(path: &Path, trained: &mut Trained, config_hash: &str) -> Res
         .collect::<Result<Vec<_>>>()?;
     trained.restore(&states, state.updates)?;
     Ok(state.position)
+}
+
+/// The run that is to go on must be the one that was interrupted; its ranks may be others.
+fn check_run(
+    path: &Path,
+    state: &TrainerState,
+    config_hash: &str,
+    ranks: &Ranks<'_>,
+) -> Result<()> {
+    let (written, now) = (state.dp_and_tp, [ranks.dims().dp, ranks.dims().tp]);
+    if state.config_hash == config_hash {
+        if written != now {
+            let (path, written, now) = (path.display(), layout(written), layout(now));
+            tracing::info!("{path} was written at {written} and is read at {now}");
+        }
+        return Ok(());
+    }
+    let hint = match written == now {
+        true => String::new(),
+        false => format!(
+            "; it was written at {}, and at {} the rows of a step, --per-device-train-batch-size x \
+             --gradient-accumulation-steps x dp, must be as many",
+            layout(written),
+            layout(now)
+        ),
+    };
+    Err(damaged(
+        path,
+        format!(
+            "it belongs to a run with other settings or data (hash {}, this run has {config_hash}); \
+             give another --output-dir, or --resume never{hint}",
+            state.config_hash
+        ),
+    ))
 }
 
 /// The newest checkpoint of `output_dir` that is whole. Damaged ones are reported and passed over.
@@ -254,16 +339,15 @@ pub(crate) fn value_of(adapter: &Adapter, entry: &str) -> Option<Tensor> {
     Some(value.shallow_clone())
 }
 
-fn write_states(path: &Path, trained: &Trained) -> Result<()> {
+fn write_states(path: &Path, whole: &Whole) -> Result<()> {
     let mut buffers = Vec::new();
-    for (index, entry) in trained.optimizer.entries().iter().enumerate() {
-        let shape: Vec<usize> = entry.shape.iter().map(|&size| size as usize).collect();
-        let [value, m, v] = trained.optimizer.state(index);
-        if trained.trains_weights() {
-            buffers.push((entry.name.clone(), shape.clone(), bytes_of(&value)?));
+    for (name, [value, m, v]) in &whole.states {
+        let shape: Vec<usize> = value.size().iter().map(|&size| size as usize).collect();
+        if whole.adapter.is_none() {
+            buffers.push((name.clone(), shape.clone(), bytes_of(value)?));
         }
         for (kind, moment) in MOMENTS.iter().zip([m, v]) {
-            buffers.push((format!("{}.{kind}", entry.name), shape.clone(), bytes_of(&moment)?));
+            buffers.push((format!("{name}.{kind}"), shape.clone(), bytes_of(moment)?));
         }
     }
     let views = buffers

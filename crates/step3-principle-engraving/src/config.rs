@@ -52,7 +52,11 @@ pub struct TrainConfig {
     pub lora: LoraConfig,
     /// The adapter that training starts from, in PEFT's format.
     pub adapter: Option<PathBuf>,
-    /// Batches and their order.
+    /// Ranks that hold one model together; all where absent.
+    pub tp: Option<usize>,
+    /// Divide the optimizer's moments over the replicas.
+    pub shard_optimizer: bool,
+    /// Batches of one replica and their order.
     pub batches: BatchConfig,
     /// Passes over the rows.
     pub num_train_epochs: f64,
@@ -62,6 +66,8 @@ pub struct TrainConfig {
     pub schedule: ScheduleConfig,
     /// The optimizer.
     pub adamw: AdamWConfig,
+    /// Bits of the frozen weights, where given; as the base is stored otherwise.
+    pub bits: Option<u8>,
     /// Train all weights instead of adapters.
     pub full_finetune: bool,
     /// What forward keeps for backward.
@@ -104,7 +110,7 @@ impl TrainArgs {
             drop_empty = false,
             lora_dropout = 0.0,
             full_finetune = false,
-            bits = 16,
+            shard_optimizer = false,
             per_device_train_batch_size = 1,
             gradient_accumulation_steps = 16,
             num_train_epochs = 1.0,
@@ -183,6 +189,8 @@ impl TryFrom<TrainArgs> for TrainConfig {
             break_lock: required(args.break_lock, "break-lock")?,
             lora: lora_config(&args, &checkpoint)?,
             adapter: args.adapter.clone(),
+            tp: args.tp,
+            shard_optimizer: required(args.shard_optimizer, "shard-optimizer")?,
             batches: BatchConfig {
                 batch_size: positive(
                     args.per_device_train_batch_size,
@@ -204,6 +212,7 @@ impl TryFrom<TrainArgs> for TrainConfig {
                 max_grad_norm: in_range(args.max_grad_norm, "max-grad-norm", 0.0, 1e9)?,
                 ..AdamWConfig::default()
             },
+            bits: args.bits,
             full_finetune: required(args.full_finetune, "full-finetune")?,
             activations: required(args.activations, "activations")?,
             max_memory: args.max_memory.map(|size| size.0),
@@ -322,10 +331,13 @@ fn check_switches(args: &TrainArgs) -> Result<(), CommandError> {
         return Err(CommandError::usage("--max-memory belongs to --activations auto"));
     }
     match args.bits {
-        Some(16 | 32) | None => Ok(()),
-        Some(bits @ (4 | 8)) => {
+        Some(4) if args.full_finetune == Some(true) => Err(CommandError::usage(
+            "--bits 4: --full-finetune true trains all weights, and none stays in four bits",
+        )),
+        Some(4 | 16 | 32) | None => Ok(()),
+        Some(8) => {
             tracing::warn!(
-                "--bits {bits}: the frozen weights are not quantised, they are held in --dtype"
+                "--bits 8: the frozen weights are not quantised, they are held in --dtype"
             );
             Ok(())
         }

@@ -89,6 +89,12 @@ pub enum Error {
         /// What does not fit.
         message: String,
     },
+    /// The plan of the ranks knows no trained tensor of this module.
+    #[error("{module} cannot be trained")]
+    NotTrained {
+        /// The module.
+        module: String,
+    },
     /// The loss or a gradient was not finite for several steps in a row.
     #[error(
         "loss or gradients were not finite in {count} steps in a row, last at step {step} with example_ids {example_ids:?}"

@@ -7,7 +7,7 @@ use dromedary_parallel::Communicator;
 use dromedary_tokenizer::Tokenizer;
 use rand::{SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
-use tch::no_grad;
+use tch::{Tensor, no_grad};
 
 use crate::{
     collate::{Example, MicroBatch},
@@ -15,6 +15,7 @@ use crate::{
     error::{Error, Result},
     half_block::{Half, HalfBlock, Keep},
     loss::{Head, head_loss},
+    ranks::Ranks,
 };
 
 /// The stream of the seed that draws held-out rows; epochs of training have the small numbers.
@@ -108,8 +109,8 @@ fn draw(examples: Vec<Example>, count: usize, seed: u64) -> Result<(Vec<Example>
 }
 
 /// Mean of `-ln p` over all learned tokens of `examples`, without dropout and without a trace in
-/// the run: no random number is drawn, no gradient added. Every rank of `comm` must call this; all
-/// get the same.
+/// the run: no random number is drawn, no gradient added. Replicas share the rows. Every rank must
+/// call this; all get the same.
 ///
 /// # Errors
 /// If memory runs out, or a rank fails.
@@ -117,16 +118,18 @@ pub fn held_out_loss(
     model: &Llama,
     examples: &[Example],
     batch_size: usize,
-    comm: &dyn Communicator,
+    ranks: &Ranks<'_>,
 ) -> Result<f64> {
     let closed_form = ClosedForm::of(model, false);
-    let (mut sum, mut targets) = (0.0, 0);
-    for rows in examples.chunks(batch_size) {
-        let batch = MicroBatch::new(rows);
-        sum += summed_loss(model, closed_form.as_ref(), &batch, comm)?;
-        targets += batch.num_targets();
+    let dp = ranks.dp();
+    let mut sum = 0.0;
+    for rows in examples.chunks(batch_size).skip(dp.rank()).step_by(dp.world_size()) {
+        sum += summed_loss(model, closed_form.as_ref(), &MicroBatch::new(rows), ranks.tp())?;
     }
-    Ok(sum / targets.max(1) as f64)
+    let mut sum = Tensor::from_slice(&[sum]);
+    dp.all_reduce_sum(&mut sum)?;
+    let targets: usize = examples.iter().map(Example::num_targets).sum();
+    Ok(sum.f_double_value(&[0])? / targets.max(1) as f64)
 }
 
 fn summed_loss(

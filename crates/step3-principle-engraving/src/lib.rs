@@ -23,7 +23,7 @@
 //!         output_dir: Some("engraved".into()),
 //!         ..TrainArgs::default()
 //!     })?;
-//!     let summary = train(&config, &SingleProcess, &StopFlag::default())?;
+//!     let summary = train(&config, &SingleProcess, 0, &StopFlag::default())?;
 //!     assert!(summary.output.ends_with("adapter"));
 //!     Ok(())
 //! }
@@ -48,6 +48,7 @@ mod model_card;
 mod optimizer;
 mod plan;
 mod plan_command;
+mod ranks;
 mod run;
 mod schedule;
 mod tensorboard;
@@ -69,6 +70,7 @@ pub use loss::{Head, HeadLoss, head_loss};
 pub use optimizer::{AdamWConfig, Entry, FlatAdamW};
 pub use plan::{MemoryPlan, PlanInput, PlannedTraining};
 pub use plan_command::{PlanArgs, PlanReport};
+pub use ranks::Ranks;
 pub use run::{ADAPTER_DIR, MODEL_DIR, Summary, train};
 pub use schedule::{Schedule, ScheduleConfig, ScheduleType, Span};
 pub use trained::Trained;

@@ -45,7 +45,8 @@ pub struct Head<'a> {
 }
 
 /// Final norm, head and cross-entropy of `hidden` (T, C), and their gradient times `scale`.
-/// Every rank of `comm` must call this with the same `hidden`; all get the same result.
+/// Every rank of `comm` must call this with the same `hidden`; all get the same result, but for the
+/// head's weight, of which each has the gradient of its own rows of the vocabulary.
 ///
 /// # Errors
 /// If a rank fails in a collective, or memory runs out.
@@ -96,6 +97,15 @@ pub fn head_loss(
 }
 
 impl Head<'_> {
+    /// This rank's rows of a gradient of the head's weight: a tied head's is that of the whole embedding.
+    fn own_rows(&self, gradient: &Tensor) -> Result<Tensor> {
+        if !self.model.config().tie_word_embeddings {
+            return Ok(gradient.shallow_clone());
+        }
+        let rows = &self.model.rank_plan().vocab;
+        Ok(gradient.f_narrow(0, rows.start, rows.end - rows.start)?)
+    }
+
     /// Loss of a chunk, and the gradient of its `x`, (n, C); that of the head is added to `grad_head`.
     fn chunk(
         &self,
@@ -107,7 +117,7 @@ impl Head<'_> {
         let linear = self.model.lm_head();
         let (loss, grad_logits) = entropy(form.project(linear, x)?)?; // (n, V)
         if let Some(sum) = grad_head {
-            form.add_weight_gradient(x, &grad_logits, sum)?;
+            form.add_weight_gradient(x, &grad_logits, &mut self.own_rows(sum)?)?;
         }
         Ok((loss, form.project_backward(linear, &grad_logits)?))
     }

@@ -9,11 +9,13 @@ use std::{
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use dromedary_command::{
-    Common, Error as CommandError, StopFlag, ignored_flags, init_logging, layered, parse,
-    print_config, run,
+    Common, StopFlag, ignored_flags, init_logging, layered, parse, print_config, run,
+    stop_or_requeue,
 };
+use dromedary_parallel::launch;
 use dromedary_principle_engraving::{
-    DataConfig, Dataset, Error, Inspection, PlanArgs, PlanReport, TrainArgs, TrainConfig, train,
+    DataConfig, Dataset, Error, Inspection, PlanArgs, PlanReport, Summary, TrainArgs, TrainConfig,
+    train,
 };
 use dromedary_tokenizer::Tokenizer;
 
@@ -90,31 +92,28 @@ fn run_train(common: &Common, args: TrainArgs) -> anyhow::Result<()> {
     if common.print_config {
         return Ok(print_config("train", &args)?);
     }
-    let launch = dromedary_parallel::launch()?;
-    init_logging(launch.world().rank(), launch.world().world_size(), common.verbosity());
-    ignored_flags(&args.ignored)?;
-    let config = TrainConfig::try_from(args)?;
-    let world_size = launch.world().world_size();
-    if world_size > 1 {
-        return Err(CommandError::usage(format!(
-            "started as {world_size} processes: training runs in one"
-        ))
-        .into());
-    }
-    let threads = config.threads.or_else(|| thread::available_parallelism().ok().map(Into::into));
+    // Before any other call of libtorch: oneDNN asks for the number once.
+    let threads = args.threads.or_else(|| thread::available_parallelism().ok().map(Into::into));
     tch::set_num_threads(threads.and_then(|threads| threads.try_into().ok()).unwrap_or(1));
     let stop = StopFlag::install()?;
-    let summary = match train(&config, launch.world(), &stop) {
-        Err(error @ Error::Stopped { .. }) => {
-            return Err(CommandError::stopped(error.to_string()).into());
-        }
-        result => result.context("training")?,
+    let (ended, folder, rank) = launch()?.run(|launch| -> anyhow::Result<_> {
+        let world = launch.world();
+        init_logging(world.rank(), world.world_size(), common.verbosity());
+        ignored_flags(&args.ignored)?;
+        let config = TrainConfig::try_from(args)?;
+        let ended = match train(&config, world, launch.local_rank(), &stop) {
+            // No failure: all ranks have stopped, and leave the job together.
+            Err(error @ Error::Stopped { .. }) => Err(error.to_string()),
+            result => Ok(result.context("training")?),
+        };
+        Ok((ended, config.output_dir, world.rank()))
+    })?;
+    let Summary { output, steps, rows, .. } = match ended {
+        Err(message) => return Ok(stop_or_requeue(&folder, rank, message)?),
+        Ok(summary) => summary,
     };
-    tracing::info!(
-        "{} steps on {} rows; result in {}",
-        summary.steps,
-        summary.rows,
-        summary.output.display()
-    );
+    if rank == 0 {
+        tracing::info!("{steps} steps on {rows} rows; result in {}", output.display());
+    }
     Ok(())
 }

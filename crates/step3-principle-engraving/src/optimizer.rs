@@ -9,10 +9,15 @@
 
 use std::ops::Range;
 
+use dromedary_parallel::Communicator;
 use dromedary_torch_ext::{AdamW, AdamWState, fused_adamw};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::error::Result;
+
+/// Gradients that are summed over replicas at once: 16 MiB, which Open MPI moves twice as fast as all of
+/// a large buffer at once.
+const BUCKET: i64 = 4 << 20;
 
 /// Settings of AdamW (Loshchilov and Hutter, arXiv 1711.05101), with PyTorch's meanings.
 #[derive(Clone, Debug, PartialEq)]
@@ -60,8 +65,10 @@ pub struct FlatAdamW {
     entries: Vec<Entry>,
     parameters: Tensor, // (P)
     gradients: Tensor,  // (P)
-    m: Tensor,          // (P)
-    v: Tensor,          // (P)
+    /// Numbers whose moments are here, and which this rank updates: all, unless the moments are divided.
+    own: Range<i64>,
+    m: Tensor, // (own numbers)
+    v: Tensor, // (own numbers)
     /// Updates done so far, for the bias correction.
     updates: u64,
 }
@@ -85,6 +92,7 @@ impl FlatAdamW {
             entries,
             parameters: zeros()?,
             gradients: zeros()?,
+            own: 0..end,
             m: zeros()?,
             v: zeros()?,
             updates: 0,
@@ -93,6 +101,62 @@ impl FlatAdamW {
             no_grad(|| entry.view(&optimizer.parameters).f_copy_(value))?;
         }
         Ok(optimizer)
+    }
+
+    /// Divides the moments over the ranks of `comm`, which hold the same parameters: each keeps those of an
+    /// equal share of the numbers, updates these, and gets the others' updates by
+    /// [`FlatAdamW::share_updates`]. To be called before the first step.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn divide_moments(&mut self, comm: &dyn Communicator) -> Result<()> {
+        self.own = share(self.num_parameters(), comm.rank(), comm.world_size());
+        let options = (Kind::Float, self.parameters.device());
+        self.m = Tensor::f_zeros([self.own.end - self.own.start], options)?;
+        self.v = self.m.f_zeros_like()?;
+        Ok(())
+    }
+
+    /// Brings every rank's updates to the others, a bucket at a time, where moments are divided over the
+    /// ranks of `comm`. Every rank must call this behind a step; all get the same.
+    ///
+    /// # Errors
+    /// If a rank is gone.
+    pub fn share_updates(&mut self, comm: &dyn Communicator) -> Result<()> {
+        if self.own == (0..self.num_parameters()) {
+            return Ok(());
+        }
+        for rank in 0..comm.world_size() {
+            let numbers = share(self.num_parameters(), rank, comm.world_size());
+            let updated =
+                self.parameters.f_narrow(0, numbers.start, numbers.end - numbers.start)?;
+            for mut bucket in updated.f_split(BUCKET, 0)? {
+                comm.broadcast(&mut bucket, rank)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Both moments of all numbers, (P) each. Every rank of `comm`, over which they may be divided, must
+    /// call this; all get the same.
+    ///
+    /// # Errors
+    /// If a rank is gone, or memory runs out.
+    pub fn moments(&self, comm: &dyn Communicator) -> Result<[Tensor; 2]> {
+        if self.own == (0..self.num_parameters()) {
+            return Ok([self.m.shallow_clone(), self.v.shallow_clone()]);
+        }
+        Ok([comm.all_gather(&self.m)?, comm.all_gather(&self.v)?])
+    }
+
+    /// The part of a vector of all numbers that belongs to matrix `index`, in its shape.
+    pub fn view(&self, index: usize, flat: &Tensor) -> Tensor {
+        self.entries[index].view(flat)
+    }
+
+    /// The value of matrix `index`, sharing the optimizer's memory.
+    pub fn value(&self, index: usize) -> Tensor {
+        self.view(index, &self.parameters)
     }
 
     /// The matrices in their order.
@@ -150,6 +214,20 @@ impl FlatAdamW {
         let _ = self.gradients.zero_();
     }
 
+    /// Replaces the gradients by their sums over the ranks of `comm`, a bucket at a time. Every rank of
+    /// `comm` must call this; all get the same.
+    ///
+    /// # Errors
+    /// If a rank is gone.
+    pub fn all_reduce_gradients(&mut self, comm: &dyn Communicator) -> Result<()> {
+        if comm.world_size() > 1 {
+            for mut bucket in self.gradients.f_split(BUCKET, 0)? {
+                comm.all_reduce_sum(&mut bucket)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Euclidean norm of all gradients together.
     pub fn grad_norm(&self) -> f64 {
         self.gradients.norm().double_value(&[])
@@ -166,28 +244,44 @@ impl FlatAdamW {
         let config = AdamW { lr: learning_rate, beta1, beta2, eps, weight_decay };
         // As torch.nn.utils.clip_grad_norm_ has it, 1e-6 included.
         let clip = max_grad_norm / (grad_norm + 1e-6);
-        no_grad(|| {
-            if max_grad_norm > 0.0 && clip < 1.0 {
-                let _ = self.gradients.g_mul_scalar_(clip);
-            }
-            let Self { parameters, gradients, m, v, .. } = self;
-            let (parameter, exp_avg, exp_avg_sq) = (parameters, m, v);
-            let state = AdamWState { parameter, grad: gradients, exp_avg, exp_avg_sq };
-            fused_adamw(state, updates, &config)
-        })?;
+        if max_grad_norm > 0.0 && clip < 1.0 {
+            let _ = no_grad(|| self.gradients.g_mul_scalar_(clip));
+        }
+        let Self { parameters, gradients, own, m, v, .. } = self;
+        let (start, count) = (own.start, own.end - own.start);
+        let parameter = &mut parameters.f_narrow(0, start, count)?;
+        let grad = &mut gradients.f_narrow(0, start, count)?;
+        let state = AdamWState { parameter, grad, exp_avg: m, exp_avg_sq: v };
+        no_grad(|| fused_adamw(state, updates, &config))?;
         self.updates = updates;
         self.zero_grad();
         Ok(())
     }
 
-    /// Value, first and second moment of matrix `index`, sharing the optimizer's memory.
-    pub fn state(&self, index: usize) -> [Tensor; 3] {
-        [&self.parameters, &self.m, &self.v].map(|flat| self.entries[index].view(flat))
-    }
-
     /// Updates done so far.
     pub fn updates(&self) -> u64 {
         self.updates
+    }
+
+    /// Puts a value in the place of matrix `index`'s.
+    ///
+    /// # Errors
+    /// If the shape differs.
+    pub fn set_value(&mut self, index: usize, value: &Tensor) -> Result<()> {
+        no_grad(|| self.value(index).f_copy_(value))?;
+        Ok(())
+    }
+
+    /// Puts what is saved of a moment of matrix `index` into the numbers of it that are here.
+    fn restore_moment(&self, index: usize, moment: &Tensor, saved: &Tensor) -> Result<()> {
+        let Range { start, end } = self.entries[index].range;
+        let (first, last) = (start.max(self.own.start), end.min(self.own.end));
+        if first < last {
+            let saved = saved.f_reshape(-1)?.f_narrow(0, first - start, last - first)?;
+            let mut here = moment.f_narrow(0, first - self.own.start, last - first)?;
+            no_grad(|| here.f_copy_(&saved))?;
+        }
+        Ok(())
     }
 
     /// Takes over value and moments of every matrix from a checkpoint, in the order of
@@ -196,9 +290,10 @@ impl FlatAdamW {
     /// # Errors
     /// If a shape differs.
     pub fn restore(&mut self, states: &[[Tensor; 3]], updates: u64) -> Result<()> {
-        for (index, saved) in states.iter().enumerate() {
-            for (mut live, saved) in self.state(index).into_iter().zip(saved) {
-                no_grad(|| live.f_copy_(saved))?;
+        for (index, [value, m, v]) in states.iter().enumerate() {
+            self.set_value(index, value)?;
+            for (moment, saved) in [(&self.m, m), (&self.v, v)] {
+                self.restore_moment(index, moment, saved)?;
             }
         }
         self.updates = updates;
@@ -206,8 +301,16 @@ impl FlatAdamW {
     }
 }
 
+/// Numbers of a rank's share.
+fn share(count: i64, rank: usize, ranks: usize) -> Range<i64> {
+    let border = |rank: usize| count * rank as i64 / ranks as i64;
+    border(rank)..border(rank + 1)
+}
+
 #[cfg(test)]
 mod tests {
+    use dromedary_parallel::SingleProcess;
+
     use super::*;
 
     const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
@@ -287,7 +390,8 @@ mod tests {
         };
         let mut first = optimizer(AdamWConfig::default(), &[&[1.0, 2.0]]);
         step(&mut first, 0.2);
-        let saved = first.state(0).map(|tensor| tensor.copy());
+        let [m, v] = first.moments(&SingleProcess).unwrap();
+        let saved = [first.value(0), m, v].map(|tensor| tensor.copy());
         let updates = first.updates();
         step(&mut first, 0.1);
         let mut second = optimizer(AdamWConfig::default(), &[&[0.0, 0.0]]);

@@ -1,6 +1,6 @@
 //! A whole run: data, model, training loop, checkpoints, adapter.
 
-use std::{fs, path::PathBuf};
+use std::{ffi::OsString, fs, os::unix::ffi::OsStringExt, path::PathBuf};
 
 use dromedary_command::{Progress, StopFlag};
 use dromedary_files::{AtomicDir, Lock, LockOptions, Manifest, write_atomic};
@@ -8,14 +8,14 @@ use dromedary_llama::{
     Adapter, AdapterFile, Checkpoint, Llama, LlamaConfig, LoadOptions, LoraConfig, SaveOptions,
     check_tokenizer, select_kind,
 };
-use dromedary_parallel::{Communicator, select_device};
+use dromedary_parallel::{Communicator, check_agreements, select_device};
 use dromedary_tokenizer::Tokenizer;
 
 use tch::{Kind, no_grad};
 
 use crate::{
     activations::peak_memory,
-    batches::Batches,
+    batches::{BatchConfig, Batches},
     checkpoint::{self, TrainerState},
     collate::Example,
     config::{Resume, TrainConfig},
@@ -26,6 +26,7 @@ use crate::{
     metrics::{CURVES_FILE, Journal, Line, METRICS_FILE, Older},
     model_card::{Inputs, ModelCard},
     plan::{MemoryPlan, PlanInput, PlannedTraining},
+    ranks::Ranks,
     schedule::Schedule,
     trained::Trained,
     trainer::{StepMetrics, Trainer, TrainerParts},
@@ -46,22 +47,34 @@ pub struct Summary {
     pub steps: u64,
     /// Rows that were trained on.
     pub rows: usize,
-    /// The last step, where this process made one.
+    /// The last step of this call, where it made one.
     pub last: Option<StepMetrics>,
 }
 
-/// Trains as `config` says on one process, going on from a checkpoint where there is one.
+/// Trains as `config` says, going on from a checkpoint where there is one.
 ///
-/// A stop that `stop` announces is obeyed between two steps, behind a checkpoint.
+/// Every rank of `world` must call this: `tp` of them hold a replica of the model together, and the
+/// replicas share the rows of a step. The first rank writes; `local_rank` chooses a rank's device among
+/// those of its node. A stop that `stop` announces on any rank is obeyed between two steps, behind a
+/// checkpoint.
 ///
 /// # Errors
-/// See [`Error`]; [`Error::Stopped`] after such a stop.
-pub fn train(config: &TrainConfig, comm: &dyn Communicator, stop: &StopFlag) -> Result<Summary> {
-    let io = |source| Error::Io { path: config.output_dir.clone(), source };
-    fs::create_dir_all(&config.output_dir).map_err(io)?;
-    let metrics = config.output_dir.join(METRICS_FILE);
-    let _lock = Lock::acquire(&metrics, &LockOptions::from_env(config.break_lock))?;
-    checkpoint::sweep(&config.output_dir)?;
+/// See [`Error`]; [`Error::Stopped`] after such a stop, on all ranks.
+pub fn train(
+    config: &TrainConfig,
+    world: &dyn Communicator,
+    local_rank: usize,
+    stop: &StopFlag,
+) -> Result<Summary> {
+    let ranks = Ranks::new(world, config.tp.unwrap_or(world.world_size()))?;
+    // A step has the micro-batches of all replicas, so it sees the same rows wherever they are computed.
+    let accumulation_steps = config.batches.accumulation_steps * ranks.dims().dp;
+    let batches = BatchConfig { accumulation_steps, ..config.batches.clone() };
+    let config = &TrainConfig { batches, ..config.clone() };
+    let _lock = match ranks.is_first() {
+        true => Some(prepare_folder(config)?),
+        false => None,
+    };
     let tokenizer = Tokenizer::open(&config.data.tokenizer)?;
     let data = &config.data;
     let Dataset { examples, audit, .. } = read_dataset(config, &tokenizer)?;
@@ -82,12 +95,15 @@ pub fn train(config: &TrainConfig, comm: &dyn Communicator, stop: &StopFlag) -> 
         .max_steps
         .unwrap_or_else(|| (config.num_train_epochs * steps_per_epoch as f64).ceil() as u64);
     let schedule = config.schedule.over(total_steps)?;
-    let device = select_device(&config.device, comm.rank(), comm)?;
+    let device = select_device(&config.device, local_rank, world)?;
     let kind = select_kind(&config.dtype, device, base.dtype())?;
-    let config_hash =
-        config_hash(config, &schedule, &format!("{:?} {kind:?}", inputs.fingerprints()), &examples);
+    let nf4 = keeps_nf4(config, &base);
+    let hashed = format!("{:?} {kind:?}{}", inputs.fingerprints(), if nf4 { " nf4" } else { "" });
+    let config_hash = config_hash(config, &schedule, &hashed, &examples);
+    agree(config, &inputs, &config_hash, world)?;
     // The trainer packs what it multiplies for the moment, as weights may change.
-    let load = LoadOptions { device, kind, pack: false, ..LoadOptions::default() };
+    let (tp_rank, tp) = (ranks.tp().rank(), ranks.dims().tp);
+    let load = LoadOptions { device, kind, pack: false, nf4, tp_rank, tp };
     let mut model = Llama::load(&base, &load)?;
     let kept_layers = kept_layers(config, base.config(), kind, &examples)?;
     let adamw = config.adamw.clone();
@@ -95,15 +111,23 @@ pub fn train(config: &TrainConfig, comm: &dyn Communicator, stop: &StopFlag) -> 
         true => Trained::take_weights(&mut model, adamw)?,
         false => Trained::attach(&mut model, &config.lora, adamw, config.seed)?,
     };
+    if config.shard_optimizer {
+        trained.optimizer.divide_moments(ranks.dp())?;
+    }
     if let Some(path) = &config.adapter {
         AdapterFile::open(path)?.check_fits(model.config())?;
         start_from(&Adapter::open(path)?, &mut trained)?;
+    }
+    if model.keeps_nf4() {
+        tracing::info!(megabytes = model.nf4_bytes() >> 20, "frozen weights stay in four bits");
     }
     tracing::info!(
         rows = examples.len(),
         held_out = held_out.len(),
         steps = total_steps,
-        trained = trained.optimizer.num_parameters(),
+        trained = trained.num_parameters(),
+        dp = ranks.dims().dp,
+        tp,
         "training"
     );
     let examples = examples.as_slice();
@@ -114,34 +138,77 @@ pub fn train(config: &TrainConfig, comm: &dyn Communicator, stop: &StopFlag) -> 
         batches,
         schedule: schedule.clone(),
         kept_layers,
-        comm,
+        ranks: ranks.clone(),
     };
     let mut trainer = Trainer::new(parts);
-    if let Some(path) = resume_from(config)? {
-        let load = |trained: &mut Trained| checkpoint::load(&path, trained, &config_hash);
+    if let Some(path) = resume_from(config, &ranks)? {
+        let load = |trained: &mut Trained| checkpoint::load(&path, trained, &config_hash, &ranks);
         trainer.resume(load)?;
         tracing::info!("going on behind step {} from {}", trainer.steps_done(), path.display());
     }
-    checkpoint::set_aside(&config.output_dir, trainer.steps_done())?;
-    let held_out = HeldOut { model: &model, examples: &held_out, steps_per_epoch, comm };
-    let journal = Loop { config, config_hash, stop, held_out }.run(&mut trainer)?;
-    let card = ModelCard {
+    if ranks.is_first() {
+        checkpoint::set_aside(&config.output_dir, trainer.steps_done())?;
+    }
+    let held_out = HeldOut { model: &model, examples: &held_out, steps_per_epoch, ranks: &ranks };
+    let ended = Loop { config, config_hash, stop, held_out }.run(&mut trainer)?;
+    let card = ended.journal.as_ref().map(|journal| ModelCard {
         config,
         schedule: &schedule,
         audit: &audit,
         inputs: &inputs,
         rows: [examples.len(), held_out.examples.len()],
         kind: format!("{kind:?}").to_lowercase(),
-        num_parameters: trainer.trained().optimizer.num_parameters(),
+        num_parameters: trainer.trained().num_parameters(),
         lines: journal.lines(),
-    };
+    });
     let output = match config.full_finetune {
-        true => publish_model(config, &base, &model, &card, comm)?,
-        false => publish_adapter(config, trainer.trained(), &card)?,
+        true => publish_model(config, &base, &model, card.as_ref(), &ranks)?,
+        false => publish_adapter(config, trainer.trained(), card.as_ref(), &ranks)?,
     };
     tracing::info!(megabytes = peak_memory().map(|bytes| bytes >> 20), "peak memory");
-    let last = journal.lines().last().map(|line| line.step.clone());
-    Ok(Summary { output, steps: total_steps, rows: examples.len(), last })
+    Ok(Summary { output, steps: total_steps, rows: examples.len(), last: ended.last })
+}
+
+/// Whether the frozen weights stay in four bits, as the base has them.
+fn keeps_nf4(config: &TrainConfig, base: &Checkpoint) -> bool {
+    let is_stored = base.names().any(|name| base.is_quantised(name));
+    if config.bits == Some(4) && !is_stored {
+        tracing::warn!(
+            "--bits 4: {} is not stored in four bits and is held in --dtype; `llama quantize --nf4` \
+             makes a base that stays so",
+            config.checkpoint.display()
+        );
+    }
+    is_stored && !config.full_finetune && matches!(config.bits, None | Some(4))
+}
+
+/// Makes the output folder this run's own.
+fn prepare_folder(config: &TrainConfig) -> Result<Lock> {
+    let io = |source| Error::Io { path: config.output_dir.clone(), source };
+    fs::create_dir_all(&config.output_dir).map_err(io)?;
+    let metrics = config.output_dir.join(METRICS_FILE);
+    let lock = Lock::acquire(&metrics, &LockOptions::from_env(config.break_lock))?;
+    checkpoint::sweep(&config.output_dir)?;
+    Ok(lock)
+}
+
+/// All ranks must have been started with the same settings on the same data.
+fn agree(
+    config: &TrainConfig,
+    inputs: &Inputs,
+    config_hash: &str,
+    world: &dyn Communicator,
+) -> Result<()> {
+    // What each rank may have of its own.
+    let shared = TrainConfig { device: String::new(), threads: None, ..config.clone() };
+    Ok(check_agreements(
+        world,
+        &[
+            ("the settings".to_owned(), format!("{shared:?}")),
+            ("the inputs".to_owned(), format!("{:?}", inputs.fingerprints())),
+            ("the hash of settings and rows".to_owned(), config_hash.to_owned()),
+        ],
+    )?)
 }
 
 /// Rows as tokens. Rows that teach nothing are refused by name, or left out where asked for.
@@ -155,15 +222,13 @@ fn read_dataset(config: &TrainConfig, tokenizer: &Tokenizer) -> Result<Dataset> 
 
 /// Puts the adapter's values in the place of random ones.
 fn start_from(adapter: &Adapter, trained: &mut Trained) -> Result<()> {
-    let optimizer = &trained.optimizer;
-    let states = (0..optimizer.entries().len())
-        .map(|index| {
-            let [value, m, v] = optimizer.state(index);
-            let name = &optimizer.entries()[index].name;
-            [checkpoint::value_of(adapter, name).unwrap_or(value), m, v]
-        })
-        .collect::<Vec<_>>();
-    trained.restore(&states, 0)
+    for index in 0..trained.optimizer.entries().len() {
+        let name = &trained.optimizer.entries()[index].name;
+        if let Some(value) = checkpoint::value_of(adapter, name) {
+            trained.set_value(index, &value)?;
+        }
+    }
+    Ok(())
 }
 
 /// Hash of what the steps depend on, the hashes of all inputs among it: a checkpoint of another hash cannot be
@@ -196,9 +261,18 @@ fn config_hash(
     hasher.finalize().to_hex()[..32].to_owned()
 }
 
-fn resume_from(config: &TrainConfig) -> Result<Option<PathBuf>> {
+/// The checkpoint to go on from; the first rank looks for it.
+fn resume_from(config: &TrainConfig, ranks: &Ranks<'_>) -> Result<Option<PathBuf>> {
     match &config.resume {
-        Resume::Auto => checkpoint::newest(&config.output_dir),
+        Resume::Auto => {
+            let newest = match ranks.is_first() {
+                true => checkpoint::newest(&config.output_dir)?,
+                false => None,
+            };
+            let mut path = newest.unwrap_or_default().into_os_string().into_encoded_bytes();
+            ranks.world().broadcast_bytes(&mut path, 0)?;
+            Ok((!path.is_empty()).then(|| OsString::from_vec(path).into()))
+        }
         Resume::Never => Ok(None),
         Resume::From(path) => Ok(Some(path.clone())),
     }
@@ -233,30 +307,42 @@ fn kept_layers(
     Ok(kept_layers)
 }
 
-/// Writes the trained model as a checkpoint of its own, in the kinds of the base's tensors.
+/// Writes the trained model as a checkpoint of its own, in the kinds of the base's tensors. Every rank
+/// must call this; the first has a card to put beside it.
 fn publish_model(
     config: &TrainConfig,
     base: &Checkpoint,
     model: &Llama,
-    card: &ModelCard<'_>,
-    comm: &dyn Communicator,
+    card: Option<&ModelCard<'_>>,
+    ranks: &Ranks<'_>,
 ) -> Result<PathBuf> {
     let path = config.output_dir.join(MODEL_DIR);
-    let options = SaveOptions { replace: true, ..SaveOptions::new(&path, &config.checkpoint) };
-    no_grad(|| model.save(base.specs()?, &options, comm))?;
-    // Beside it: the folder's manifest is of what `llama` reads.
-    write_atomic(config.output_dir.join(CARD_FILE), card.to_string().as_bytes())?;
+    if ranks.is_of_first_replica() {
+        let options = SaveOptions { replace: true, ..SaveOptions::new(&path, &config.checkpoint) };
+        no_grad(|| model.save(base.specs()?, &options, ranks.tp()))?;
+    }
+    if let Some(card) = card {
+        // Beside it: the folder's manifest is of what `llama` reads.
+        write_atomic(config.output_dir.join(CARD_FILE), card.to_string().as_bytes())?;
+    }
     Ok(path)
 }
 
+/// Writes the adapter. Every rank must call this; the first has a card to put into the folder.
 fn publish_adapter(
     config: &TrainConfig,
     trained: &Trained,
-    card: &ModelCard<'_>,
+    card: Option<&ModelCard<'_>>,
+    ranks: &Ranks<'_>,
 ) -> Result<PathBuf> {
     let path = config.output_dir.join(ADAPTER_DIR);
+    let adapter = match ranks.is_of_first_replica() {
+        true => trained.adapter(ranks.tp())?,
+        false => None,
+    };
+    let Some(card) = card else { return Ok(path) };
     let dir = AtomicDir::replace_existing(&path)?;
-    if let Some(adapter) = trained.adapter() {
+    if let Some(adapter) = adapter {
         adapter.write_into(dir.path())?;
     }
     write_atomic(dir.path().join(CARD_FILE), card.to_string().as_bytes())?;
@@ -272,7 +358,7 @@ struct HeldOut<'a> {
     model: &'a Llama,
     examples: &'a [Example],
     steps_per_epoch: u64,
-    comm: &'a dyn Communicator,
+    ranks: &'a Ranks<'a>,
 }
 
 impl HeldOut<'_> {
@@ -282,7 +368,7 @@ impl HeldOut<'_> {
         if !eval.every.is_due(step, total, self.steps_per_epoch) {
             return Ok(None);
         }
-        let loss = held_out_loss(self.model, self.examples, eval.batch_size, self.comm)?;
+        let loss = held_out_loss(self.model, self.examples, eval.batch_size, self.ranks)?;
         tracing::info!(step, eval_loss = format_args!("{loss:.4}"), "held-out rows");
         Ok(Some(loss))
     }
@@ -295,17 +381,21 @@ struct Loop<'a> {
     held_out: HeldOut<'a>,
 }
 
+/// What a loop that came to its end leaves.
+struct Ended {
+    /// On the first rank.
+    journal: Option<Journal>,
+    last: Option<StepMetrics>,
+}
+
 impl Loop<'_> {
-    fn run(&self, trainer: &mut Trainer<'_>) -> Result<Journal> {
-        let config = self.config;
-        let older = match config.resume {
-            Resume::Auto => Older::GoOn,
-            Resume::Never | Resume::From(_) => Older::SetAside,
-        };
+    fn run(&self, trainer: &mut Trainer<'_>) -> Result<Ended> {
+        let (config, ranks) = (self.config, self.held_out.ranks);
         let done = trainer.steps_done();
-        let mut journal = Journal::open(&config.output_dir, done, config.tensorboard, older)?;
+        let mut journal = ranks.is_first().then(|| self.journal(done)).transpose()?;
+        let mut last = None;
         let total = trainer.total_steps();
-        let progress = Progress::new(Some(total), "steps", true);
+        let progress = Progress::new(Some(total), "steps", ranks.is_first());
         progress.begin_at(done);
         while trainer.steps_done() < total {
             let step = trainer.train_step()?;
@@ -315,37 +405,58 @@ impl Loop<'_> {
                 step.loss,
                 step.tokens_per_second()
             ));
-            if step.step % config.logging_steps == 0 || step.step == total {
+            let number = step.step;
+            if ranks.is_first() && (number % config.logging_steps == 0 || number == total) {
                 log(&step);
             }
-            let number = step.step;
             let eval_loss = self.held_out.loss_behind(number, config, total)?;
-            journal.append(Line { step, eval_loss })?;
+            last = Some(step.clone());
+            if let Some(journal) = &mut journal {
+                journal.append(Line { step, eval_loss })?;
+            }
             let due = number % config.save_steps == 0 || number == total;
-            if due || self.stop.is_set() {
-                journal.sync()?;
-                let checkpoint = self.save(trainer)?;
-                journal.draw()?;
+            // A signal may reach some of the ranks only, or these in different steps.
+            if ranks.any(self.stop.is_set())? || due {
+                let checkpoint = self.save(trainer, journal.as_mut())?;
                 // A signal that came while the checkpoint was written needs no second one.
-                if self.stop.is_set() && number < total {
+                if ranks.any(self.stop.is_set())? && number < total {
                     return Err(Error::Stopped { step: number, checkpoint });
                 }
             }
         }
         progress.finish();
-        Ok(journal)
+        Ok(Ended { journal, last })
     }
 
-    fn save(&self, trainer: &Trainer<'_>) -> Result<PathBuf> {
+    fn journal(&self, done: u64) -> Result<Journal> {
+        let config = self.config;
+        let older = match config.resume {
+            Resume::Auto => Older::GoOn,
+            Resume::Never | Resume::From(_) => Older::SetAside,
+        };
+        Journal::open(&config.output_dir, done, config.tensorboard, older)
+    }
+
+    /// Every rank must call this; the first has the journal. A second signal is deferred on all of them
+    /// until the checkpoint is there.
+    fn save(&self, trainer: &Trainer<'_>, mut journal: Option<&mut Journal>) -> Result<PathBuf> {
         let _saving = self.stop.critical();
+        let ranks = self.held_out.ranks;
+        if let Some(journal) = journal.as_deref_mut() {
+            journal.sync()?;
+        }
         let state = TrainerState {
             position: trainer.position(),
             seed: self.config.seed,
             updates: trainer.trained().optimizer.updates(),
             config_hash: self.config_hash.clone(),
+            dp_and_tp: [ranks.dims().dp, ranks.dims().tp],
         };
-        let path = checkpoint::save(&self.config.output_dir, trainer.trained(), &state)?;
-        checkpoint::rotate(&self.config.output_dir, self.config.save_total_limit)?;
+        let path = checkpoint::save(&self.config.output_dir, trainer.trained(), &state, ranks)?;
+        if let Some(journal) = journal {
+            checkpoint::rotate(&self.config.output_dir, self.config.save_total_limit)?;
+            journal.draw()?;
+        }
         Ok(path)
     }
 }

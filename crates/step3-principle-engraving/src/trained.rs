@@ -2,26 +2,33 @@
 
 use std::{collections::BTreeMap, ops::Range};
 
-use dromedary_llama::{Adapter, DropoutDraw, Llama, Lora, LoraConfig, LoraDropout, LoraPair};
+use dromedary_llama::{
+    Adapter, DropoutDraw, Llama, Lora, LoraConfig, LoraDropout, LoraPair, Shard, TrainedPart,
+    TrainedTensor, gather_trained, global_norm, sum_gradients,
+};
+use dromedary_parallel::Communicator;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::{
-    error::Result,
+    error::{Error, Result},
     half_block::Half,
     optimizer::{AdamWConfig, FlatAdamW},
+    ranks::Ranks,
 };
 
 /// Leaves of a layer where weights are trained: norm, qkv and output projection; norm, gate and up, and
 /// down projection.
 const LEAVES_PER_LAYER: usize = 6;
 
-/// Everything that training changes.
+/// Everything that training changes: this rank's parts of it.
 #[derive(Debug)]
 pub struct Trained {
     /// Values in f32, gradients and moments.
     pub optimizer: FlatAdamW,
+    /// What each of the optimizer's entries is a part of.
+    parts: Vec<TrainedPart>,
     what: What,
     leaves: Vec<Leaf>,
 }
@@ -48,7 +55,8 @@ impl Trained {
     /// Makes adapters for the layers that `config` names and attaches them to `model`.
     ///
     /// A is uniform in `+-1 / sqrt(in)` and B is 0, as in PEFT. A's numbers are a function of seed and
-    /// module name, so they do not depend on which other modules are trained; so are dropout's masks.
+    /// module name, so they do not depend on which other modules are trained, nor on the ranks that share
+    /// the model, each of which has its part; so are dropout's masks.
     ///
     /// # Errors
     /// If the adapters do not fit into memory.
@@ -60,12 +68,18 @@ impl Trained {
     ) -> Result<Self> {
         let mut modules = Vec::new();
         let mut initial = Vec::new();
+        let mut parts = Vec::new();
         let f32 = (Kind::Float, Device::Cpu);
         for (module, [out_features, in_features]) in config.modules(model.config())? {
             let a = initial_a(&module, config.r, in_features, seed);
-            initial.push((format!("{module}.lora_A"), a));
             let b = Tensor::f_zeros([out_features, config.r], f32)?;
-            initial.push((format!("{module}.lora_B"), b));
+            for (tensor, name, whole) in
+                [(TrainedTensor::LoraA, "lora_A", a), (TrainedTensor::LoraB, "lora_B", b)]
+            {
+                let part = part_of(model, &module, tensor)?;
+                initial.push((format!("{module}.{name}"), part.shard().narrow(&whole)?));
+                parts.push(part);
+            }
             modules.push(module);
         }
         let optimizer = FlatAdamW::new(adamw, &initial, model.device())?;
@@ -77,7 +91,7 @@ impl Trained {
             })
             .collect();
         let what = What::Adapters { config: config.clone(), modules, draw: DropoutDraw::default() };
-        let trained = Self { optimizer, what, leaves };
+        let trained = Self { optimizer, parts, what, leaves };
         trained.attach_leaves(model, seed);
         Ok(trained)
     }
@@ -88,8 +102,13 @@ impl Trained {
             modules.iter().enumerate().map(|(index, name)| (name.as_str(), index)).collect();
         for (module, part) in model.linears_mut() {
             if let Some(&index) = index.get(module.as_str()) {
-                let dropout = (config.lora_dropout > 0.0)
-                    .then(|| LoraDropout::new(config.lora_dropout, seed, &module, 0, draw.clone()));
+                let first_column = match self.parts[2 * index].shard() {
+                    Shard::Columns(slice) => slice.range().start,
+                    _ => 0,
+                };
+                let (p, draw) = (config.lora_dropout, draw.clone());
+                let dropout =
+                    (p > 0.0).then(|| LoraDropout::new(p, seed, &module, first_column, draw));
                 part.lora = Some(Lora {
                     a: self.leaf(2 * index).shallow_clone(),
                     b: self.leaf(2 * index + 1).shallow_clone(),
@@ -119,6 +138,11 @@ impl Trained {
             Ok(weight.shallow_clone())
         })?;
         let optimizer = FlatAdamW::new(adamw, &initial, model.device())?;
+        let part = |(name, _): &(String, Tensor)| {
+            let module = name.strip_suffix(".weight").unwrap_or(name);
+            part_of(model, module, TrainedTensor::Weight)
+        };
+        let parts = initial.iter().map(part).collect::<Result<_>>()?;
         drop(initial);
         let mut ranges = ranges.into_iter();
         let mut leaves = Vec::new();
@@ -138,7 +162,7 @@ impl Trained {
             num_layers: config.num_hidden_layers as usize,
             tied: config.tie_word_embeddings,
         };
-        Ok(Self { optimizer, what, leaves })
+        Ok(Self { optimizer, parts, what, leaves })
     }
 
     /// Whether weights are trained, not adapters.
@@ -220,22 +244,88 @@ impl Trained {
         }
     }
 
-    /// An optimizer step, see [`FlatAdamW::step`]; the model follows.
+    /// An optimizer step, see [`FlatAdamW::step`]; the model follows. Every rank must call this.
     ///
     /// # Errors
-    /// If libtorch refuses the update.
-    pub fn step(&mut self, learning_rate: f64, grad_norm: f64) -> Result<()> {
+    /// If libtorch refuses the update, or a rank is gone.
+    pub fn step(&mut self, learning_rate: f64, grad_norm: f64, ranks: &Ranks<'_>) -> Result<()> {
         self.optimizer.step(learning_rate, grad_norm)?;
+        self.optimizer.share_updates(ranks.dp())?;
         self.follow()
     }
 
-    /// Takes over a checkpoint's values and moments, see [`FlatAdamW::restore`]; the model follows.
+    /// Makes the gradients of this rank's rows complete: sums them over the replicas, then what is a
+    /// partial sum over the ranks that share a replica. Gives their global norm. Every rank must call
+    /// this; copies of a parameter have the same gradient afterwards, to the last bit.
+    ///
+    /// # Errors
+    /// If a rank is gone.
+    pub fn complete_gradients(&mut self, ranks: &Ranks<'_>) -> Result<f64> {
+        self.optimizer.all_reduce_gradients(ranks.dp())?;
+        if ranks.dims().tp == 1 {
+            return Ok(self.optimizer.grad_norm());
+        }
+        let gradients: Vec<_> =
+            (0..self.parts.len()).map(|entry| self.optimizer.gradient(entry)).collect();
+        let pairs: Vec<_> = self.parts.iter().zip(&gradients).collect();
+        sum_gradients(&pairs, ranks.tp())?;
+        Ok(global_norm(&pairs, ranks.tp())?)
+    }
+
+    /// What each of the optimizer's entries is a part of.
+    pub fn parts(&self) -> &[TrainedPart] {
+        &self.parts
+    }
+
+    /// Trained numbers of the whole model.
+    pub fn num_parameters(&self) -> i64 {
+        let entries = self.parts.iter().zip(self.optimizer.entries());
+        entries
+            .map(|(part, entry)| part.shard().full_shape(&entry.shape).iter().product::<i64>())
+            .sum()
+    }
+
+    /// Takes over a whole model's values and moments, see [`FlatAdamW::restore`], of which each rank has
+    /// its part; the model follows.
     ///
     /// # Errors
     /// If a shape differs.
     pub fn restore(&mut self, states: &[[Tensor; 3]], updates: u64) -> Result<()> {
-        self.optimizer.restore(states, updates)?;
+        let narrowed = |(part, whole): (&TrainedPart, &[Tensor; 3])| -> Result<[Tensor; 3]> {
+            let [value, m, v] = whole;
+            let shard = part.shard();
+            Ok([shard.narrow(value)?, shard.narrow(m)?, shard.narrow(v)?])
+        };
+        let own = self.parts.iter().zip(states).map(narrowed).collect::<Result<Vec<_>>>()?;
+        self.optimizer.restore(&own, updates)?;
         self.follow()
+    }
+
+    /// Puts a whole matrix in the place of entry `index`'s value, of which each rank has its part.
+    ///
+    /// # Errors
+    /// If the shape differs.
+    pub fn set_value(&mut self, index: usize, whole: &Tensor) -> Result<()> {
+        self.optimizer.set_value(index, &self.parts[index].shard().narrow(whole)?)?;
+        self.follow()
+    }
+
+    /// Value and moments of entry `index` of the whole model, given this rank's
+    /// [`moments`](FlatAdamW::moments). Every rank of the group that shares the model must call this; all
+    /// get the same.
+    ///
+    /// # Errors
+    /// If a rank is gone.
+    pub fn whole_state(
+        &self,
+        index: usize,
+        moments: &[Tensor; 2],
+        tp: &dyn Communicator,
+    ) -> Result<[Tensor; 3]> {
+        let value = self.optimizer.value(index);
+        let [m, v] = moments.each_ref().map(|moment| self.optimizer.view(index, moment));
+        let whole = |part: &Tensor| gather_trained(&self.parts[index], part, tp);
+        Ok([whole(&value)?, whole(&m)?, whole(&v)?])
     }
 
     /// Copies of the model take over the optimizer's values.
@@ -247,20 +337,30 @@ impl Trained {
         Ok(())
     }
 
-    /// The adapters as they are now, in f32; nothing where weights are trained.
-    pub fn adapter(&self) -> Option<Adapter> {
-        let What::Adapters { config, modules, .. } = &self.what else { return None };
-        let value = |leaf: usize| self.leaf(leaf).detach().to_device(Device::Cpu);
-        let tensors = modules
-            .iter()
-            .enumerate()
-            .map(|(index, module)| {
-                let (lora_a, lora_b) = (value(2 * index), value(2 * index + 1));
-                (module.clone(), LoraPair { lora_a, lora_b })
-            })
-            .collect();
-        Some(Adapter { config: config.clone(), tensors })
+    /// The whole model's adapters as they are now, in f32; nothing where weights are trained. Every rank
+    /// of the group that shares the model must call this; all get the same.
+    ///
+    /// # Errors
+    /// If a rank is gone.
+    pub fn adapter(&self, tp: &dyn Communicator) -> Result<Option<Adapter>> {
+        let What::Adapters { config, modules, .. } = &self.what else { return Ok(None) };
+        let value = |leaf: usize| -> Result<Tensor> {
+            let whole = gather_trained(&self.parts[leaf], &self.leaf(leaf).detach(), tp)?;
+            Ok(whole.f_to_device(Device::Cpu)?)
+        };
+        let pair = |(index, module): (usize, &String)| -> Result<_> {
+            let (lora_a, lora_b) = (value(2 * index)?, value(2 * index + 1)?);
+            Ok((module.clone(), LoraPair { lora_a, lora_b }))
+        };
+        let tensors = modules.iter().enumerate().map(pair).collect::<Result<_>>()?;
+        Ok(Some(Adapter { config: config.clone(), tensors }))
     }
+}
+
+/// What this rank holds of a trained tensor.
+fn part_of(model: &Llama, module: &str, tensor: TrainedTensor) -> Result<TrainedPart> {
+    let part = model.plan().trained_part(model.tp_rank(), module, tensor);
+    part.ok_or_else(|| Error::NotTrained { module: module.to_owned() })
 }
 
 /// `kaiming_uniform_(a = sqrt(5))` of a (r, columns) matrix: uniform in `+-1 / sqrt(columns)`.

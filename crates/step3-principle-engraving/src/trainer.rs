@@ -5,7 +5,7 @@
 use std::time::Instant;
 
 use dromedary_llama::{ClosedForm, Llama};
-use dromedary_parallel::Communicator;
+use dromedary_parallel::fault_point;
 use serde::{Deserialize, Serialize};
 use tch::{Tensor, no_grad};
 
@@ -16,6 +16,7 @@ use crate::{
     half_block::{Half, HalfBlock, Keep},
     loss::{Head, head_loss},
     metrics::not_finite,
+    ranks::Ranks,
     schedule::Schedule,
     trained::Trained,
 };
@@ -110,7 +111,7 @@ pub struct Trainer<'a> {
     schedule: Schedule,
     kept_layers: usize,
     closed_form: Option<ClosedForm>,
-    comm: &'a dyn Communicator,
+    ranks: Ranks<'a>,
     position: Position,
 }
 
@@ -128,14 +129,15 @@ pub struct TrainerParts<'a> {
     pub schedule: Schedule,
     /// The layers whose activations forward keeps, the first ones; the others are computed twice.
     pub kept_layers: usize,
-    /// The ranks that share the model.
-    pub comm: &'a dyn Communicator,
+    /// The ranks of the run.
+    pub ranks: Ranks<'a>,
 }
 
 impl<'a> Trainer<'a> {
     /// A trainer before its first step.
     pub fn new(parts: TrainerParts<'a>) -> Self {
-        let TrainerParts { model, trained, examples, batches, schedule, kept_layers, comm } = parts;
+        let TrainerParts { model, trained, examples, batches, schedule, kept_layers, ranks } =
+            parts;
         let leaves = (0..model.layers().len())
             .flat_map(|layer| [Half::Attention, Half::Mlp].map(|half| (layer, half)))
             .map(|(layer, half)| trained.leaves_of(layer, half))
@@ -149,7 +151,7 @@ impl<'a> Trainer<'a> {
             batches,
             schedule,
             kept_layers,
-            comm,
+            ranks,
             position: Position::default(),
         }
     }
@@ -186,7 +188,8 @@ impl<'a> Trainer<'a> {
     /// One optimizer step: all micro-batches, clipping, update.
     ///
     /// The loss is the sum over all learned tokens divided by their number, however the rows are
-    /// cut into micro-batches. Dromedary averaged micro-batches, which gives the tokens of short
+    /// cut into micro-batches, and whichever replicas these go to. Every rank must call this; all
+    /// get the same. Dromedary averaged micro-batches, which gives the tokens of short
     /// rows more weight.
     ///
     /// # Errors
@@ -195,15 +198,15 @@ impl<'a> Trainer<'a> {
     pub fn train_step(&mut self) -> Result<StepMetrics> {
         let start = Instant::now();
         let StepLoss { loss, tokens, targets, example_ids } = self.forward_backward()?;
-        let grad_norm = self.trained.optimizer.grad_norm();
+        let grad_norm = self.complete_gradients()?;
         let learning_rate = self.schedule.learning_rate_at(self.position.schedule);
-        let skipped = !(loss.is_finite() && grad_norm.is_finite());
+        let skipped = self.ranks.any(!(loss.is_finite() && grad_norm.is_finite()))?;
         self.position.advance();
         if skipped {
             self.skip_update(&example_ids)?;
         } else {
             self.position.not_finite = 0;
-            self.trained.step(learning_rate, grad_norm)?;
+            self.trained.step(learning_rate, grad_norm, &self.ranks)?;
         }
         Ok(StepMetrics {
             step: self.position.step,
@@ -219,16 +222,20 @@ impl<'a> Trainer<'a> {
         })
     }
 
-    /// Loss of the next step's rows; their gradients are added to the optimizer's.
+    /// Loss of the next step's rows. The gradients of this replica's share of them are added to the
+    /// optimizer's; see [`Trained::complete_gradients`]. Every rank must call this; all get the same loss.
     ///
     /// # Errors
     /// If memory runs out, or a rank fails.
     pub fn forward_backward(&mut self) -> Result<StepLoss> {
+        fault_point("step", self.position.step as usize + 1)?;
         let batches = self.micro_batches();
         let targets: usize = batches.iter().map(MicroBatch::num_targets).sum();
         let scale = 1.0 / targets.max(1) as f64;
         let mut loss = 0.0;
-        for (index, batch) in batches.iter().enumerate() {
+        let dp = self.ranks.dp();
+        let (replica, replicas) = (dp.rank(), dp.world_size());
+        for (index, batch) in batches.iter().enumerate().skip(replica).step_by(replicas) {
             // Every micro-batch of the run has masks of its own.
             self.trained.set_draw(Some(self.position.rng << MICRO_BATCH_BITS | index as u64));
             let summed = self.accumulate(batch, scale);
@@ -236,11 +243,26 @@ impl<'a> Trainer<'a> {
             loss += scale * summed?;
         }
         Ok(StepLoss {
-            loss,
+            loss: self.sum_over_replicas(loss)?,
             tokens: batches.iter().map(MicroBatch::num_tokens).sum(),
             targets,
             example_ids: batches.into_iter().flat_map(|batch| batch.example_ids).collect(),
         })
+    }
+
+    /// Makes the gradients that [`Trainer::forward_backward`] left complete, see
+    /// [`Trained::complete_gradients`]; gives their global norm. Every rank must call this.
+    ///
+    /// # Errors
+    /// If a rank fails.
+    pub fn complete_gradients(&mut self) -> Result<f64> {
+        self.trained.complete_gradients(&self.ranks)
+    }
+
+    fn sum_over_replicas(&self, loss: f64) -> Result<f64> {
+        let mut sum = Tensor::from_slice(&[loss]);
+        self.ranks.dp().all_reduce_sum(&mut sum)?;
+        Ok(sum.f_double_value(&[0])?)
     }
 
     fn micro_batches(&mut self) -> Vec<MicroBatch> {
@@ -278,8 +300,9 @@ impl<'a> Trainer<'a> {
         let mut hidden = no_grad(|| self.model.embed(&batch.input_ids))?; // (T, C)
         let mut saved = Vec::with_capacity(half_blocks.len());
         for (index, half_block) in half_blocks.iter().enumerate() {
+            fault_point("half-block", index)?;
             let keep = if index / 2 < self.kept_layers { Keep::Graph } else { Keep::Input };
-            let (output, left) = half_block.forward(&hidden, keep, self.comm)?;
+            let (output, left) = half_block.forward(&hidden, keep, self.ranks.tp())?;
             hidden = output;
             saved.push(left);
         }
@@ -289,18 +312,22 @@ impl<'a> Trainer<'a> {
             closed_form: self.closed_form.as_ref(),
             leaves: leaves.map(|leaves| leaves.map(|leaf| self.trained.leaf(leaf))),
         };
-        let head = head_loss(head, &hidden, batch, scale, self.comm)?;
+        let head = head_loss(head, &hidden, batch, scale, self.ranks.tp())?;
         drop(hidden);
-        for (leaf, gradient) in leaves.iter().flatten().zip(head.grad_weights.iter().flatten()) {
-            self.trained.accumulate(*leaf, gradient);
+        // Of what all ranks of the group have whole and alike, one adds the gradient; see `TrainedPart`.
+        let adds_common = self.ranks.tp().rank() == 0;
+        if let (Some([norm, weight]), Some([of_norm, of_weight])) = (leaves, head.grad_weights) {
+            if adds_common {
+                self.trained.accumulate(norm, &of_norm);
+            }
+            self.trained.accumulate(weight, &of_weight);
         }
-        drop(head.grad_weights);
 
         let mut gradient = head.grad_hidden; // (T, C)
         for ((half_block, leaves), saved) in half_blocks.iter().zip(&self.leaves).zip(saved).rev() {
             let tensors: Vec<_> = leaves.iter().map(|&leaf| self.trained.leaf(leaf)).collect();
             let (grad_input, gradients) =
-                half_block.backward(saved, &gradient, &tensors, self.comm)?;
+                half_block.backward(saved, &gradient, &tensors, self.ranks.tp())?;
             gradient = grad_input;
             for (&leaf, gradient) in leaves.iter().zip(gradients) {
                 if let Some(gradient) = gradient {
@@ -308,7 +335,7 @@ impl<'a> Trainer<'a> {
                 }
             }
         }
-        if let Some(leaf) = self.trained.embedding_leaf() {
+        if let Some(leaf) = self.trained.embedding_leaf().filter(|_| adds_common) {
             let ids: Vec<i64> = batch.input_ids.iter().map(|&id| i64::from(id)).collect();
             let ids = Tensor::from_slice(&ids).to_device(gradient.device()); // (T)
             let mut sum = self.trained.gradient(leaf); // (V, C)

@@ -17,6 +17,7 @@ use super::{
 use crate::{
     attention::one_or_cat,
     error::{Error, Result},
+    quantised::{CodePacker, Nf4Slice},
 };
 
 /// Bytes that are dequantised at once.
@@ -25,7 +26,7 @@ const CHUNK: usize = 4 << 20;
 /// Numbers that share a scale.
 pub(crate) const BLOCK_SIZE: usize = 64;
 /// Scales that share a scale of the second level.
-const NESTED_BLOCK_SIZE: usize = 256;
+pub(crate) const NESTED_BLOCK_SIZE: usize = 256;
 
 /// The levels of NF4: quantiles of the normal distribution, scaled to -1..1 (QLoRA, arXiv 2305.14314,
 /// appendix E).
@@ -157,6 +158,88 @@ impl Nf4Weight {
         Ok(one_or_cat(parts, 0)?.f_contiguous()?)
     }
 
+    /// Some columns of some rows of the weight as they are stored: in four bits a number.
+    pub(super) fn read_slice(
+        &self,
+        file: &TensorFile,
+        rows: Range<i64>,
+        columns: Range<i64>,
+    ) -> Result<Nf4Slice> {
+        let pitch = self.shape[1] as usize;
+        let width = (columns.end - columns.start) as usize;
+        let (first_row, count) = (rows.start as usize, (rows.end - rows.start) as usize);
+        // Blocks that a row can have a part of.
+        let stride = match [pitch, columns.start as usize, width].map(|n| n % BLOCK_SIZE) {
+            _ if width == pitch => None,
+            [0, 0, _] => Some(width.div_ceil(BLOCK_SIZE)),
+            _ => Some(width.div_ceil(BLOCK_SIZE) + 1),
+        };
+        let mut slice = Nf4Slice {
+            rows: count,
+            columns: width,
+            codes: Vec::new(),
+            scales: Vec::new(),
+            stride,
+            nested: Vec::new(),
+            offset: self.offset,
+            first: first_row * pitch + columns.start as usize,
+            pitch,
+            kind: self.dtype.kind(),
+        };
+        let mut codes = CodePacker::with_capacity(count * width);
+        for part in blocks(count as i64, pitch as u64, 1, CHUNK) {
+            let part = part.start as usize..part.end as usize;
+            let start = (first_row + part.start) * pitch;
+            let end = (first_row + part.end) * pitch;
+            let bytes = file.read_bytes(&self.name, start as u64 / 2..end.div_ceil(2) as u64)?;
+            let first = start % 2;
+            match stride {
+                None => codes.extend(&bytes, first, end - start),
+                Some(_) => (0..part.len()).for_each(|row| {
+                    codes.extend(&bytes, first + row * pitch + columns.start as usize, width);
+                }),
+            }
+        }
+        slice.codes = codes.finish();
+        self.read_scale_codes(file, &mut slice)?;
+        match slice.bad_scale() {
+            None => Ok(slice),
+            Some(scale) => Err(self.bad_scale(file, scale)),
+        }
+    }
+
+    /// Reads what the scales of a slice's blocks are stored in.
+    fn read_scale_codes(&self, file: &TensorFile, slice: &mut Nf4Slice) -> Result<()> {
+        let all = (self.shape[0] * self.shape[1]) as usize;
+        let first = slice.first_block(0);
+        // Up to the end of the slice's last row, where the whole has so many.
+        let last_row = slice.first_block(slice.rows - 1);
+        let end = (last_row + slice.columns / BLOCK_SIZE + 2).min(all.div_ceil(BLOCK_SIZE));
+        let codes = file.read_bytes(&format!("{}.absmax", self.name), first as u64..end as u64)?;
+        slice.scales = match slice.stride {
+            None => codes,
+            Some(stride) => (0..slice.rows)
+                .flat_map(|row| {
+                    let start = slice.first_block(row) - first;
+                    let codes = &codes;
+                    // The last row's blocks can be fewer than the stride.
+                    (start..start + stride).map(move |at| codes.get(at).copied().unwrap_or(0))
+                })
+                .collect(),
+        };
+        let nested = first / NESTED_BLOCK_SIZE..end.div_ceil(NESTED_BLOCK_SIZE);
+        slice.nested = file.read_f32(&format!("{}.nested_absmax", self.name), nested)?;
+        Ok(())
+    }
+
+    fn bad_scale(&self, file: &TensorFile, scale: f32) -> Error {
+        Error::Nf4 {
+            path: file.path().into(),
+            name: self.name.clone(),
+            message: format!("one of its scales is {scale}"),
+        }
+    }
+
     /// Rows of the weight.
     fn read_rows(&self, file: &TensorFile, rows: Range<i64>) -> Result<Tensor> {
         let columns = self.shape[1] as usize;
@@ -194,11 +277,7 @@ impl Nf4Weight {
         // What a damaged file makes of it must not spread from here.
         match scales.iter().find(|scale| !scale.is_finite()) {
             None => Ok(scales),
-            Some(scale) => Err(Error::Nf4 {
-                path: file.path().into(),
-                name: self.name.clone(),
-                message: format!("one of its scales is {scale}"),
-            }),
+            Some(scale) => Err(self.bad_scale(file, *scale)),
         }
     }
 }
@@ -218,7 +297,7 @@ fn parts(weight: &str, count: usize) -> [(String, safetensors::Dtype, usize); 5]
 
 /// The 256 levels of scales, as bitsandbytes makes them: seven decades, each cut into twice as many
 /// steps as the one below, with both signs; 0 and 1.
-fn nested_levels() -> [f32; 256] {
+pub(crate) fn nested_levels() -> [f32; 256] {
     let mut levels = vec![0.0, 1.0];
     for exponent in 0..7 {
         let steps = 1 << exponent;

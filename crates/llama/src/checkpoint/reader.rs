@@ -20,6 +20,7 @@ use crate::{
     config::LlamaConfig,
     error::{Error, Result, TensorProblems},
     plan::{Shard, Slice},
+    quantised::Nf4Slice,
 };
 
 /// Bytes of each tensor that go into the fingerprint.
@@ -232,6 +233,23 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::read`], and [`Error::ShardMismatch`] for the plan of another model.
     pub fn read_slice(&self, name: &str, shard: &Shard) -> Result<Tensor> {
+        let (rows, columns) = self.block_of(name, shard)?;
+        match &self.storage {
+            Storage::Whole { .. } => self.read_block(name, rows, columns),
+            Storage::OfRanks(ranks) => ranks.read_slice(name, shard),
+        }
+    }
+
+    /// One rank's part of a tensor that is stored in NF4, as it is stored; nothing of another.
+    pub(crate) fn read_quantised(&self, name: &str, shard: &Shard) -> Result<Option<Nf4Slice>> {
+        let Storage::Whole { files, places } = &self.storage else { return Ok(None) };
+        let Some(Place { file, nf4: Some(weight) }) = places.get(name) else { return Ok(None) };
+        let (rows, columns) = self.block_of(name, shard)?;
+        weight.read_slice(&files[*file], rows, columns).map(Some)
+    }
+
+    /// The rows and columns of one rank's part of a tensor.
+    fn block_of(&self, name: &str, shard: &Shard) -> Result<(Range<i64>, Range<i64>)> {
         let shape = self.shape(name)?;
         let fits = |dim: usize, slice: &Slice| {
             if shape.get(dim) == Some(&slice.full()) {
@@ -245,15 +263,11 @@ impl Checkpoint {
             })
         };
         let columns = 0..shape.get(1).copied().unwrap_or(1);
-        let (rows, columns) = match shard {
+        Ok(match shard {
             Shard::Replicated => (0..shape[0], columns),
             Shard::Rows(slice) => (fits(0, slice)?, columns),
             Shard::Columns(slice) => (0..shape[0], fits(1, slice)?),
-        };
-        match &self.storage {
-            Storage::Whole { .. } => self.read_block(name, rows, columns),
-            Storage::OfRanks(ranks) => ranks.read_slice(name, shard),
-        }
+        })
     }
 
     /// Some columns of some rows of a tensor.

@@ -168,7 +168,7 @@ fn complete(config: &CompleteConfig, launch: &Launch) -> anyhow::Result<Done> {
     }
     let device = select_device(&config.device, launch.local_rank(), world)?;
     let kind = select_kind(&config.dtype, device, checkpoint.dtype())?;
-    let options = LoadOptions { device, kind, pack: true, tp_rank: world.rank(), tp };
+    let options = LoadOptions { device, kind, pack: true, nf4: false, tp_rank: world.rank(), tp };
     let mut model = Llama::load(&checkpoint, &options)?;
     if let Some(adapter) = &adapter {
         model.attach(adapter)?;

@@ -32,18 +32,25 @@ pub(super) struct Through<'a> {
 
 /// What the input is multiplied by.
 enum Effective {
-    /// The weight; adapters are apart.
-    Alone(Tensor),
-    /// The weight and what the adapters add to it.
-    Merged(Buffer),
+    /// The weight as it is kept; adapters are apart.
+    Kept(Tensor),
+    /// A copy for the moment, `(O, I)`: dequantised, or with what the adapters add to it, or both.
+    Made { values: Buffer, sizes: [usize; 2], adapted: bool },
 }
 
 impl Effective {
-    fn matrix(&self, depth: usize) -> Result<Matrix<'_>> {
+    fn matrix(&self) -> Result<Matrix<'_>> {
         match self {
-            Self::Alone(weight) => matrix(weight),
-            Self::Merged(values) => Ok(Matrix::new(values, [values.len() / depth, depth], depth)),
+            Self::Kept(weight) => matrix(weight),
+            Self::Made { values, sizes: [columns, depth], .. } => {
+                Ok(Matrix::new(&values[..columns * depth], [*columns, *depth], *depth))
+            }
         }
+    }
+
+    /// Whether the adapters are in it.
+    fn is_adapted(&self) -> bool {
+        matches!(self, Self::Made { adapted: true, .. })
     }
 }
 
@@ -79,8 +86,8 @@ impl ClosedForm {
         let x = Matrix::new(x, [x.len() / depth, depth], depth);
         let factors = Factors::of(linear)?;
         let weight = self.effective(linear, &factors, x.rows_len())?;
-        self.multiply((x, weight.matrix(depth)?.t(), 1.0), Target::new(out, columns))?;
-        if factors.width == 0 || matches!(weight, Effective::Merged(_)) {
+        self.multiply((x, weight.matrix()?.t(), 1.0), Target::new(out, columns))?;
+        if factors.width == 0 || weight.is_adapted() {
             return Ok(None);
         }
         let low = self.low(&factors, x)?;
@@ -94,18 +101,28 @@ impl ClosedForm {
 
     fn effective(&self, linear: &Linear, factors: &Factors, tokens: usize) -> Result<Effective> {
         let [columns, depth] = sizes(linear);
-        let weight = dense(&linear.weight)?;
-        if !factors.merge_pays(depth, tokens) {
-            return Ok(Effective::Alone(weight));
-        }
-        let mut merged = self.weights.take(1, columns * depth)?;
-        merged.copy_from_slice(Rows::of(&weight)?.values());
-        for of in &factors.parts {
-            let rows = &mut merged[of.rows.start * depth..of.rows.end * depth];
+        let adapted = factors.merge_pays(depth, tokens);
+        let numbers = columns * depth;
+        let mut values = match &linear.weight {
+            Weight::Nf4(weight) => {
+                // One piece of memory serves all layers, one after the other.
+                let mut values = self.weights.take(1, self.largest_nf4)?;
+                weight.dequantise_into(&mut values[..numbers])?;
+                values
+            }
+            weight if !adapted => return Ok(Effective::Kept(dense(weight)?)),
+            weight => {
+                let mut values = self.weights.take(1, numbers)?;
+                values.copy_from_slice(Rows::of(&dense(weight)?)?.values());
+                values
+            }
+        };
+        for of in factors.parts.iter().filter(|_| adapted) {
+            let rows = &mut values[of.rows.start * depth..of.rows.end * depth];
             let target = Target::new(rows, depth).accumulate();
             self.multiply((of.b()?, of.a()?, of.scaling), target)?;
         }
-        Ok(Effective::Merged(merged))
+        Ok(Effective::Made { values, sizes: [columns, depth], adapted })
     }
 
     /// `scaling dropout(x) A^T` of each adapter: `(T, R)`.
@@ -143,8 +160,8 @@ impl ClosedForm {
         let grad = Matrix::new(through.grad, [tokens, columns], columns);
         let factors = Factors::of(linear)?;
         let weight = self.effective(linear, &factors, tokens)?;
-        self.multiply((grad, weight.matrix(depth)?, 1.0), Target::new(grad_x, depth))?;
-        let merged = matches!(weight, Effective::Merged(_));
+        self.multiply((grad, weight.matrix()?, 1.0), Target::new(grad_x, depth))?;
+        let merged = weight.is_adapted();
         drop(weight);
         if self.trains_weights {
             trained.push(self.product(grad.t(), x)?);
@@ -242,10 +259,7 @@ fn sizes(linear: &Linear) -> [usize; 2] {
 
 /// A weight in f32; one kept in another kind is converted for the moment.
 pub(super) fn dense(weight: &Weight) -> Result<Tensor> {
-    match weight {
-        Weight::Dense(weight) => f32_rows(weight),
-        Weight::Packed(weight) => weight.unpack(),
-    }
+    f32_rows(&weight.dense()?)
 }
 
 pub(super) fn f32_rows(tensor: &Tensor) -> Result<Tensor> {

@@ -19,7 +19,7 @@ use linear::{Through, dense, matrix};
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    Linear, Llama, Result, RmsNorm, RotaryAt,
+    Linear, Llama, Result, RmsNorm, RotaryAt, Weight,
     block::Layer,
     kernels::{Buffer, Kernels, Panels, QkvRows, Workspace},
 };
@@ -29,8 +29,10 @@ use crate::{
 pub struct ClosedForm {
     kernels: Kernels,
     workspace: Workspace,
-    /// Weights that adapters are added to.
+    /// Weights that adapters are added to, or that are dequantised.
     weights: Workspace,
+    /// Numbers of the largest linear layer that is kept in NF4.
+    largest_nf4: usize,
     panels: RefCell<Panels>,
     trains_weights: bool,
 }
@@ -78,11 +80,18 @@ impl ClosedForm {
     /// For a model whose layers are computed in f32 on the CPU, and not packed; nothing for another.
     /// With `trains_weights` backward gives gradients of weights, else of adapters.
     pub fn of(model: &Llama, trains_weights: bool) -> Option<Self> {
+        let numbers = |linear: &Linear| match &linear.weight {
+            Weight::Nf4(weight) => (weight.size().0 * weight.size().1) as usize,
+            _ => 0,
+        };
+        let linears = model.layers().iter().flat_map(Layer::linears);
+        let largest_nf4 = linears.map(numbers).max().unwrap_or(0);
         let fits = model.device() == Device::Cpu && model.kind() == Kind::Float && !model.packs();
         fits.then(|| Self {
             kernels: Kernels::detect(),
             workspace: Workspace::default(),
             weights: Workspace::default(),
+            largest_nf4,
             panels: RefCell::default(),
             trains_weights,
         })

@@ -17,12 +17,15 @@ pub enum TrainedTensor {
 
 /// One rank's part of a trained tensor.
 ///
-/// Backward through a rank's own half of a block leaves three kinds of gradient:
+/// Backward through a rank's own half of a block leaves these kinds of gradient:
 ///
 /// - Of what this rank alone holds: rows of a column-parallel weight and of its `lora_B`, columns of a
 ///   row-parallel weight and of its `lora_A`. It is complete.
 /// - Of what every rank holds whole: `lora_A` of a column-parallel layer, `lora_B` of a row-parallel
 ///   one, norm weights. It is a partial sum, over all ranks.
+/// - Of the final norm and of the embedding, which every rank holds whole, backward gives the same
+///   complete gradient on all of them: the first rank alone adds it, and the others add nothing but
+///   what their rows of a tied head give. It is a partial sum then like those before.
 /// - Of the rows of a key/value head that several ranks hold, each for its own query heads. It is a
 ///   partial sum, over these ranks.
 ///
@@ -104,8 +107,7 @@ impl Plan {
     }
 
     /// A rank's part of a tensor of the named module (`model.layers.0.self_attn.q_proj`), or of an
-    /// adapter of it. Nothing for the embedding, whose gradient depends on what the trainer does with
-    /// its inputs and with a tied head, and for adapters of anything but linear layers.
+    /// adapter of it. Nothing for adapters of anything but linear layers.
     ///
     /// # Panics
     /// If `tp_rank` is not below [`Plan::tp`].
@@ -118,9 +120,7 @@ impl Plan {
         let rank = self.rank(tp_rank);
         let name = module.rsplit('.').next().unwrap_or(module);
         let shard = match (rank.shard(module), tensor) {
-            (Shard::Replicated, TrainedTensor::Weight) if name.ends_with("norm") => {
-                Shard::Replicated
-            }
+            (Shard::Replicated, TrainedTensor::Weight) => Shard::Replicated,
             (Shard::Replicated, _) => return None,
             (Shard::Rows(_), TrainedTensor::LoraA) | (Shard::Columns(_), TrainedTensor::LoraB) => {
                 Shard::Replicated

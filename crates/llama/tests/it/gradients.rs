@@ -98,7 +98,6 @@ fn gradients_need_the_group_of_their_plan() {
         assert!(result.unwrap().to_string().contains("group of 2"));
     }
     for (module, tensor) in [
-        ("model.embed_tokens", TrainedTensor::Weight),
         ("model.norm", TrainedTensor::LoraB),
         ("model.layers.0.input_layernorm", TrainedTensor::LoraA),
     ] {

@@ -161,7 +161,8 @@ fn planned_bytes_are_those_of_loaded_weights() {
         ("bf16", Kind::BFloat16, 2),
     ] {
         for tp_rank in 0..tp {
-            let options = LoadOptions { device: Device::Cpu, kind, pack: false, tp_rank, tp };
+            let options =
+                LoadOptions { device: Device::Cpu, kind, pack: false, nf4: false, tp_rank, tp };
             let model = load(&data(folder), &options);
             let mut bytes = 0;
             let mut add = |tensor: &tch::Tensor| {

@@ -10,7 +10,7 @@ use std::{
 
 use dromedary_llama::{
     Checkpoint, DEFAULT_MAX_SHARD_SIZE, Error, LoadOptions, MergeOptions, Plan, QuantizeOptions,
-    QuantizeReport, merge, quantize,
+    QuantizeReport, Weight, merge, quantize,
 };
 use dromedary_parallel::SingleProcess;
 use serde_json::{Value, json};
@@ -276,4 +276,68 @@ fn quantise_and_measure() {
     let grown = hostile::peak_rss_kb() - before;
     println!("grew by {grown} kB");
     assert!(grown < 110_000, "memory grew by {grown} kB");
+}
+
+/// Codes in memory stand for the same numbers as codes in the file, whichever rank holds which of them:
+/// at these sizes blocks begin inside of rows, and rows inside of bytes.
+#[test]
+fn weights_that_stay_in_four_bits_are_the_dequantised_ones() {
+    for (kind, seed) in [(Kind::Float, 43), (Kind::BFloat16, 44), (Kind::Half, 45)] {
+        let base = Tiny::of(tiny::config(), seed).stored_as(kind).single();
+        let to = base.path().join("nf4");
+        run(base.path(), &to).unwrap();
+        let names = linear_names(&Checkpoint::open(&to).unwrap());
+        for tp in [1, 2, 3, 5] {
+            for tp_rank in 0..tp {
+                let options = LoadOptions { pack: false, tp_rank, tp, ..LoadOptions::default() };
+                let dense = support::load(&to, &options);
+                let kept = support::load(&to, &LoadOptions { nf4: true, ..options });
+                assert!(kept.keeps_nf4() && !dense.keeps_nf4());
+                for name in &names {
+                    let [kept, dense] =
+                        [&kept, &dense].map(|model| model.slice(name).unwrap().unwrap());
+                    assert!(kept == dense, "{name} on rank {tp_rank} of {tp}");
+                }
+            }
+        }
+        let logits = |nf4, pack| {
+            let model = support::load(&to, &LoadOptions { pack, nf4, ..LoadOptions::default() });
+            model.forward_logits(&[1, 5, 9, 2], &SingleProcess).unwrap()
+        };
+        let off = (logits(true, false) - logits(false, false)).abs().max().double_value(&[]);
+        assert!(off < 1e-5, "{off}");
+        let off = (logits(true, true) - logits(false, false)).abs().max().double_value(&[]);
+        assert!(off < 1e-4, "{off}");
+    }
+}
+
+fn linear_names(checkpoint: &Checkpoint) -> Vec<String> {
+    checkpoint.names().filter(|name| checkpoint.is_quantised(name)).map(str::to_owned).collect()
+}
+
+/// Codes and scales take 4 + 8/64 + 32/(64 x 256) bits a number.
+#[test]
+fn weights_that_stay_in_four_bits_take_four_bits() {
+    let mut config = tiny::config();
+    for (key, value) in [("hidden_size", 512), ("intermediate_size", 1408), ("head_dim", 64)] {
+        config[key] = json!(value);
+    }
+    let base = Tiny::of(config, 47).single();
+    let to = base.path().join("nf4");
+    run(base.path(), &to).unwrap();
+    for tp in [1, 2] {
+        let (mut bytes, mut numbers) = (0, 0);
+        for tp_rank in 0..tp {
+            let options = LoadOptions { nf4: true, tp_rank, tp, ..LoadOptions::default() };
+            let model = support::load(&to, &options);
+            for linear in model.layers().iter().flat_map(|layer| layer.linears()) {
+                let Weight::Nf4(weight) = &linear.weight else { panic!("not in four bits") };
+                let (rows, columns) = weight.size();
+                bytes += weight.bytes();
+                numbers += rows * columns;
+            }
+        }
+        let bits = 8.0 * bytes as f64 / numbers as f64;
+        assert!((4.126..4.14).contains(&bits), "{bits} bits at tp {tp}");
+    }
 }

@@ -97,8 +97,8 @@ impl Job {
         }
     }
 
-    /// The processes of the ranks that have been seen.
-    fn pids(&self) -> Vec<Pid> {
+    /// The processes of the ranks that have been seen, which are started in their order.
+    pub(crate) fn pids(&self) -> Vec<Pid> {
         self.ranks.iter().filter_map(|number| Pid::from_raw(*number)).collect()
     }
 

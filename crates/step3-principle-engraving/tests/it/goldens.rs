@@ -7,7 +7,7 @@ use std::{
 use dromedary_llama::{Adapter, Llama};
 use dromedary_parallel::SingleProcess;
 use dromedary_principle_engraving::{
-    AdamWConfig, BatchConfig, Batches, Example, Schedule, ScheduleType, Trained, Trainer,
+    AdamWConfig, BatchConfig, Batches, Example, Ranks, Schedule, ScheduleType, Trained, Trainer,
     TrainerParts,
 };
 use safetensors::{Dtype, SafeTensors};
@@ -31,7 +31,7 @@ struct Training {
     learning_rates: Vec<f64>,
 }
 
-fn data() -> PathBuf {
+pub(crate) fn data() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data")
 }
 
@@ -39,8 +39,8 @@ fn golden() -> Golden {
     serde_json::from_slice(&fs::read(data().join("golden.json")).unwrap()).unwrap()
 }
 
-fn tensors() -> BTreeMap<String, Tensor> {
-    let bytes = fs::read(data().join("golden.safetensors")).unwrap();
+pub(crate) fn tensors(name: &str) -> BTreeMap<String, Tensor> {
+    let bytes = fs::read(data().join(name)).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let tensor = |view: safetensors::tensor::TensorView<'_>| {
         let kind = match view.dtype() {
@@ -56,7 +56,7 @@ fn tensors() -> BTreeMap<String, Tensor> {
 }
 
 /// The two rows, their masks as positions.
-fn examples(tensors: &BTreeMap<String, Tensor>) -> Vec<Example> {
+pub(crate) fn examples(tensors: &BTreeMap<String, Tensor>) -> Vec<Example> {
     (0..2)
         .map(|row| {
             let ints =
@@ -76,8 +76,12 @@ fn examples(tensors: &BTreeMap<String, Tensor>) -> Vec<Example> {
 
 /// The tiny model with the golden adapter as the start of training.
 fn model() -> (Llama, Trained) {
-    let mut model = support::load(&data().join("model"));
-    let adapter = Adapter::open(data().join("adapter")).unwrap();
+    adapted(support::load(&data().join("model")), "adapter")
+}
+
+/// A model with a golden adapter as the start of training.
+pub(crate) fn adapted(mut model: Llama, adapter: &str) -> (Llama, Trained) {
+    let adapter = Adapter::open(data().join(adapter)).unwrap();
     let trained = Trained::attach(&mut model, &adapter.config, AdamWConfig::default(), 0).unwrap();
     for (entry, of) in trained.optimizer.entries().iter().enumerate() {
         let (module, matrix) = of.name.rsplit_once('.').unwrap();
@@ -88,7 +92,7 @@ fn model() -> (Llama, Trained) {
     (model, trained)
 }
 
-fn trainer<'a>(
+pub(crate) fn trainer<'a>(
     model: &'a Llama,
     trained: Trained,
     examples: &'a [Example],
@@ -102,16 +106,16 @@ fn trainer<'a>(
         batches: Batches::new(config, vec![1; examples.len()]),
         schedule: Schedule::new(ScheduleType::Cosine, 1e-3, 0.03, 20),
         kept_layers: 0,
-        comm: &SingleProcess,
+        ranks: Ranks::single(),
     })
 }
 
-fn relative(got: f64, want: f64) -> f64 {
+pub(crate) fn relative(got: f64, want: f64) -> f64 {
     (got - want).abs() / want.abs()
 }
 
 #[track_caller]
-fn close_to_the_largest(got: &Tensor, want: &Tensor, tolerance: f64, name: &str) {
+pub(crate) fn close_to_the_largest(got: &Tensor, want: &Tensor, tolerance: f64, name: &str) {
     let largest = want.abs().max().double_value(&[]);
     let difference = (got - want).abs().max().double_value(&[]);
     assert!(difference <= tolerance * largest, "{name}: {difference} of {largest}");
@@ -119,7 +123,7 @@ fn close_to_the_largest(got: &Tensor, want: &Tensor, tolerance: f64, name: &str)
 
 #[test]
 fn gradients_of_every_a_and_b_are_those_of_peft() {
-    let (tensors, golden) = (tensors(), golden());
+    let (tensors, golden) = (tensors("golden.safetensors"), golden());
     let examples = examples(&tensors);
     for shape in [(2, 1), (1, 2)] {
         let (model, trained) = model();
@@ -138,7 +142,7 @@ fn gradients_of_every_a_and_b_are_those_of_peft() {
 
 #[test]
 fn twenty_steps_follow_peft() {
-    let (tensors, golden) = (tensors(), golden().training);
+    let (tensors, golden) = (tensors("golden.safetensors"), golden().training);
     let (model, trained) = model();
     let examples = examples(&tensors);
     let mut trainer = trainer(&model, trained, &examples, (2, 1));
@@ -148,7 +152,7 @@ fn twenty_steps_follow_peft() {
         assert!(relative(metrics.loss, golden.losses[step]) < 1e-3, "step {step}: {metrics:?}");
         assert!(relative(metrics.grad_norm, golden.grad_norms[step]) < 1e-2, "step {step}");
     }
-    let adapter = trainer.trained().adapter().unwrap();
+    let adapter = trainer.trained().adapter(&SingleProcess).unwrap().unwrap();
     for (module, pair) in &adapter.tensors {
         for (matrix, got) in [("lora_A", &pair.lora_a), ("lora_B", &pair.lora_b)] {
             let want = &tensors[&format!("trained.{module}.{matrix}")];

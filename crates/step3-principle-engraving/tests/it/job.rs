@@ -45,7 +45,16 @@ impl Job {
         self.command(output_dir, flags).output().unwrap()
     }
 
+    /// A run on another base than stories260k.
+    pub(crate) fn train_on(&self, base: &str, output_dir: &str, flags: &[&str]) -> Output {
+        self.command_on(Path::new(base), output_dir, flags).output().unwrap()
+    }
+
     pub(crate) fn command(&self, output_dir: &str, flags: &[&str]) -> Command {
+        self.command_on(&stories260k(), output_dir, flags)
+    }
+
+    fn command_on(&self, base: &Path, output_dir: &str, flags: &[&str]) -> Command {
         let of_flags = flags.contains(&"--learning-rate");
         let rate: &[&str] = if of_flags { &[] } else { &["--learning-rate", "1e-2"] };
         let mut command = Command::new(BINARY);
@@ -54,7 +63,7 @@ impl Job {
             .args(rate)
             .args(["--gradient-accumulation-steps", "2"])
             .arg("--model-name-or-path")
-            .arg(stories260k())
+            .arg(base)
             .arg("--dataset")
             .arg(self.path("sft.json"))
             .arg("--meta-prompt-pattern")

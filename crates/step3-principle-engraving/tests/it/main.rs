@@ -8,8 +8,14 @@ mod goldens; // PEFT's gradients and losses
 mod gradients; // half-blocks and head against one whole graph
 mod inspect; // what a data set holds, before any step
 mod job; // a run as a user starts it
+/// Starts and watches jobs of several ranks.
+#[path = "../../../parallel/tests/it/job.rs"]
+#[allow(dead_code, reason = "the crate it belongs to uses all of it")]
+mod launched;
 mod memory; // what a run takes, planned and measured
 mod modes; // adapters, dropout, all weights, activations, plans: by their flags
+mod parallel; // data- and tensor-parallel runs against one rank, and how they fail
+mod qlora; // frozen weights in four bits: bitsandbytes' gradients, memory, the program
 mod results; // what a run leaves: metrics, curves, card, held-out losses, schedules
 mod steps; // whole optimizer steps: PEFT's losses, accumulation, numbers that are not finite
 mod support; // a small real model and rows to train on

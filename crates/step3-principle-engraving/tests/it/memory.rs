@@ -21,7 +21,7 @@ struct Case {
     kept_layers: usize,
 }
 
-fn config(sizes: [i64; 6], tied: bool) -> Value {
+pub(crate) fn config(sizes: [i64; 6], tied: bool) -> Value {
     let [hidden, ffn, layers, heads, kv_heads, vocab] = sizes;
     json!({
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
@@ -71,7 +71,7 @@ fn planned(case: &Case, config: &LlamaConfig) -> u64 {
 }
 
 /// A checkpoint of random numbers.
-fn write_model(dir: &Path, config: &Value) {
+pub(crate) fn write_model(dir: &Path, config: &Value) {
     let size = |key: &str| config[key].as_i64().unwrap();
     let (hidden, ffn, vocab) = (size("hidden_size"), size("intermediate_size"), size("vocab_size"));
     let kv = hidden / size("num_attention_heads") * size("num_key_value_heads");

@@ -1,10 +1,9 @@
 use std::path::PathBuf;
 
 use dromedary_llama::LoraConfig;
-use dromedary_parallel::SingleProcess;
 use dromedary_principle_engraving::{
-    AdamWConfig, BatchConfig, Batches, Error, Example, Schedule, ScheduleType, Trained, Trainer,
-    TrainerParts,
+    AdamWConfig, BatchConfig, Batches, Error, Example, Ranks, Schedule, ScheduleType, Trained,
+    Trainer, TrainerParts,
 };
 use serde::Deserialize;
 use tch::{Kind, Tensor, no_grad};
@@ -76,7 +75,7 @@ fn five_steps_on_smollm2_follow_peft() {
         batches: Batches::new(batches(1, 2), vec![1; 2]),
         schedule: Schedule::new(ScheduleType::Constant, golden.learning_rate, 0.0, 5),
         kept_layers: 10,
-        comm: &SingleProcess,
+        ranks: Ranks::single(),
     });
     for (want_loss, want_norm) in golden.losses.iter().zip(&golden.grad_norms) {
         let step = trainer.train_step().unwrap();
@@ -114,7 +113,7 @@ fn accumulated_micro_batches_are_one_big_batch() {
             batches: Batches::new(batches(batch_size, accumulation_steps), vec![1; 4]),
             schedule: Schedule::new(ScheduleType::Constant, 1e-3, 0.0, 3),
             kept_layers: 0,
-            comm: &SingleProcess,
+            ranks: Ranks::single(),
         });
         let step = trainer.forward_backward().unwrap();
         let optimizer = &trainer.trained().optimizer;
@@ -146,12 +145,7 @@ fn a_step_that_is_not_finite_changes_nothing_and_too_many_of_them_end_the_run() 
     let mut model = support::load(&support::stories260k());
     let trained = support::attach_random(&mut model, 4);
     let mut trainer = support::trainer(&model, trained, &examples, 0);
-    let values = |trainer: &Trainer<'_>| {
-        let optimizer = &trainer.trained().optimizer;
-        (0..optimizer.entries().len())
-            .flat_map(|entry| optimizer.state(entry).map(|state| state.copy()))
-            .collect::<Vec<_>>()
-    };
+    let values = |trainer: &Trainer<'_>| support::numbers(&trainer.trained().optimizer);
     assert!(!trainer.train_step().unwrap().skipped);
 
     let mended = trainer.trained().leaf(4).detach().copy();

@@ -1,12 +1,17 @@
-use std::path::{Path, PathBuf};
+use std::{
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+};
 
-use dromedary_llama::{Checkpoint, Llama, LoadOptions, LoraConfig};
+use dromedary_llama::{
+    Checkpoint, DEFAULT_MAX_SHARD_SIZE, Llama, LoadOptions, LoraConfig, QuantizeOptions, quantize,
+};
 use dromedary_parallel::SingleProcess;
 use dromedary_principle_engraving::{
-    AdamWConfig, BatchConfig, Batches, Example, Schedule, ScheduleType, Trained, Trainer,
-    TrainerParts,
+    AdamWConfig, BatchConfig, Batches, Example, FlatAdamW, Ranks, Schedule, ScheduleType, Trained,
+    Trainer, TrainerParts,
 };
-use tch::Kind;
+use tch::{Kind, Tensor};
 
 /// stories260k: a real trained LLaMA of 260,032 parameters with grouped-query attention.
 pub(crate) fn stories260k() -> PathBuf {
@@ -21,6 +26,18 @@ pub(crate) fn load_as(dir: &Path, kind: Kind) -> Llama {
     tch::set_num_threads(1);
     let options = LoadOptions { pack: false, kind, ..LoadOptions::default() };
     Llama::load(&Checkpoint::open(dir).unwrap(), &options).unwrap()
+}
+
+/// The checkpoint with its linear layers in NF4, as `llama quantize` writes it.
+pub(crate) fn quantised(checkpoint: &Path, output: &Path) -> PathBuf {
+    let options = QuantizeOptions {
+        checkpoint: checkpoint.to_owned(),
+        output: output.to_owned(),
+        max_shard_size: DEFAULT_MAX_SHARD_SIZE,
+        verify: false,
+    };
+    quantize(&options, &mut |_| ControlFlow::Continue(())).unwrap();
+    output.to_owned()
 }
 
 pub(crate) fn lora_config(r: i64) -> LoraConfig {
@@ -44,6 +61,12 @@ pub(crate) fn add_noise(trained: &Trained) {
     });
 }
 
+/// Copies of all values and of both moments.
+pub(crate) fn numbers(optimizer: &FlatAdamW) -> Vec<Tensor> {
+    let values = (0..optimizer.entries().len()).map(|entry| optimizer.value(entry));
+    values.chain(optimizer.moments(&SingleProcess).unwrap()).map(|tensor| tensor.copy()).collect()
+}
+
 /// A trainer whose one step sees all rows at once.
 pub(crate) fn trainer<'a>(
     model: &'a Llama,
@@ -64,6 +87,6 @@ pub(crate) fn trainer<'a>(
         batches: Batches::new(batches, vec![1; examples.len()]),
         schedule: Schedule::new(ScheduleType::Constant, 1e-3, 0.0, 100),
         kept_layers,
-        comm: &SingleProcess,
+        ranks: Ranks::single(),
     })
 }
