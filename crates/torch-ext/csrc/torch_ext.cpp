@@ -7,7 +7,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -18,8 +17,6 @@
 #include <vector>
 
 using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 namespace {
 
@@ -70,7 +67,7 @@ Tensor linear_pointwise(const Tensor &x, const Tensor &packed) {
 // requires a gradient, print a warning in backward and drop the gradient.
 void refuse_grad(const Tensor &t, const char *what) {
   TORCH_CHECK(!(at::GradMode::is_enabled() && t.requires_grad()), what,
-              " has no gradient: use frozen_linear, or call it under no_grad");
+              " has no gradient: call it under no_grad");
 }
 
 // oneDNN's own message for a mismatch is "could not create a primitive descriptor".
@@ -90,24 +87,6 @@ Tensor packed_linear(const Tensor &x, const Tensor &packed) {
   }
   return linear_pointwise(x, packed);
 }
-
-// y = x W^T with a frozen packed W, and grad_x = grad_y W. The packed layout serves x W^T alone, so
-// backward needs another one; it is unpacked for the moment of use, because a second copy held
-// for the whole run would double the memory of a model's weights.
-struct FrozenLinear : torch::autograd::Function<FrozenLinear> {
-  static Tensor forward(AutogradContext *ctx, const Tensor &x, const Tensor &packed) {
-    ctx->saved_data["packed"] = packed;
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return packed_linear(x, packed);
-  }
-
-  static variable_list backward(AutogradContext *ctx, variable_list grad_outputs) {
-    // One entry an argument; the frozen weight has none.
-    if (!ctx->needs_input_grad(0)) return {Tensor(), Tensor()};
-    Tensor weight = ctx->saved_data["packed"].toTensor().to_dense();
-    return {grad_outputs[0].matmul(weight), Tensor()};
-  }
-};
 
 std::vector<Tensor> gathered(const Tensor *const *tensors, size_t n) {
   std::vector<Tensor> result;
@@ -133,24 +112,16 @@ char *te_pack_weight(const Tensor *weight, Tensor **out) {
   });
 }
 
-// The dense weight again, for backward and for whoever wants to merge an adapter into it.
+// The dense weight again.
 char *te_unpack_weight(const Tensor *packed, Tensor **out) {
   return guarded([&] { *out = new Tensor(packed->to_dense()); });
 }
 
-// Without the autograd node, for inference.
 char *te_packed_linear(const Tensor *x, const Tensor *packed, Tensor **out) {
   return guarded([&] {
     check_linear(*x, *packed);
     refuse_grad(*x, "packed linear");
     *out = new Tensor(packed_linear(*x, *packed));
-  });
-}
-
-char *te_frozen_linear(const Tensor *x, const Tensor *packed, Tensor **out) {
-  return guarded([&] {
-    check_linear(*x, *packed);
-    *out = new Tensor(FrozenLinear::apply(*x, *packed));
   });
 }
 

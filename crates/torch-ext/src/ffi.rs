@@ -17,11 +17,6 @@ unsafe extern "C" {
         packed: *const C_tensor,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
-    fn te_frozen_linear(
-        x: *const C_tensor,
-        packed: *const C_tensor,
-        out: *mut *mut C_tensor,
-    ) -> *mut c_char;
     fn te_run_backward(
         outputs: *const *const C_tensor,
         grad_outputs: *const *const C_tensor,
@@ -98,14 +93,6 @@ pub(crate) fn packed_linear(x: &Tensor, packed: &Tensor) -> Result<Tensor> {
     let message = unsafe { te_packed_linear(x.as_ptr(), packed.as_ptr(), &mut out) };
     check("packed linear", message)?;
     owned("packed linear", out)
-}
-
-pub(crate) fn frozen_linear(x: &Tensor, packed: &Tensor) -> Result<Tensor> {
-    let mut out = null_mut();
-    // SAFETY: as in `pack_weight`; the graph that C++ builds holds its own references.
-    let message = unsafe { te_frozen_linear(x.as_ptr(), packed.as_ptr(), &mut out) };
-    check("frozen linear", message)?;
-    owned("frozen linear", out)
 }
 
 /// `outputs` and `grad_outputs` are equally long.

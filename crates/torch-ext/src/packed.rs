@@ -46,26 +46,11 @@ impl PackedWeight {
     /// x: `(..., in)`, result: `(..., out)`.
     ///
     /// # Errors
-    /// `x` requires a gradient while gradients are recorded, which the raw operation would lose
-    /// without a word ([`frozen_linear`] is for that case); or `x` is not f32, not on the CPU, or
-    /// its last dimension is not `in`.
+    /// `x` requires a gradient while gradients are recorded, which the operation would lose without a
+    /// word; or `x` is not f32, not on the CPU, or its last dimension is not `in`.
     pub fn linear(&self, x: &Tensor) -> Result<Tensor> {
         ffi::packed_linear(x, &self.tensor)
     }
-}
-
-/// `y = x W^T` with a frozen packed weight, and `grad_x = grad_y W` in backward.
-///
-/// Under `no_grad` it does what [`PackedWeight::linear`] does. Backward unpacks the weight for the
-/// moment of use, so that one copy serves both directions.
-///
-/// # Shapes
-/// x: `(..., in)`, result: `(..., out)`.
-///
-/// # Errors
-/// `x` is not f32, not on the CPU, or its last dimension is not `in`.
-pub fn frozen_linear(x: &Tensor, weight: &PackedWeight) -> Result<Tensor> {
-    ffi::frozen_linear(x, &weight.tensor)
 }
 
 /// Whether [`PackedWeight::pack`] works in this process: libtorch has oneDNN and it runs here.

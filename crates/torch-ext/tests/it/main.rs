@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 mod backward;
 /// The optimizer step.
 mod optimizer;
-/// Packed weights in inference and under autograd.
+/// Packed weights.
 mod packed;
 
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
