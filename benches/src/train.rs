@@ -13,7 +13,7 @@ use dromedary_llama::{
 };
 use dromedary_principle_engraving::{
     ActivationsMode, AdamWConfig, BatchConfig, Batches, Example, MemoryPlan, PlanInput,
-    PlannedTraining, Ranks, Schedule, ScheduleType, Trained, Trainer, TrainerParts,
+    PlannedRank, PlannedTraining, Ranks, Schedule, ScheduleType, Trained, Trainer, TrainerParts,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde::Deserialize;
@@ -163,7 +163,8 @@ fn planned(
         false => PlannedTraining::Adapters(lora.clone()),
     };
     let (config, kind) = (model.config(), Kind::Float);
-    let mut input = PlanInput { config, kind, training, tokens, targets, kept_layers: 0 };
+    let rank = PlannedRank { nf4: args.qlora, ..PlannedRank::default() };
+    let mut input = PlanInput { config, kind, training, tokens, targets, kept_layers: 0, rank };
     let mode = if args.keep { ActivationsMode::Keep } else { ActivationsMode::Recompute };
     input.kept_layers = mode.kept_layers(&input, None)?;
     Ok(MemoryPlan::new(&input)?.total())

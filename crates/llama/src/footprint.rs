@@ -6,6 +6,8 @@ use crate::{
     LlamaConfig, LoadOptions, Plan, Shard,
     checkpoint::{Dtype, EMBEDDING, HEAD, tensor_shapes},
     generation::PREFILL_TOKENS,
+    quantised::quantised_bytes,
+    quantize::is_linear,
 };
 
 /// Bytes that a process holds beside weights, keys, values and activations, once libtorch is loaded:
@@ -91,7 +93,11 @@ impl Footprint {
             parameters_read +=
                 if matches!(shard, Shard::Columns(_)) { elements(&full) } else { own };
             // Norms are kept as they are computed with.
-            weight_bytes += own * if full.len() == 1 { kv_size } else { weight_size };
+            weight_bytes += match full.len() {
+                1 => own * kv_size,
+                _ if options.nf4 && is_linear(&name) => quantised_bytes(own),
+                _ => own * weight_size,
+            };
             if full.len() == 2 && name != EMBEDDING {
                 linear_work += own;
                 head_work = if name == HEAD { own } else { head_work };

@@ -65,6 +65,14 @@ impl QuantisedWeight {
     }
 }
 
+/// Bytes of so many numbers in NF4: codes, and scales of both levels.
+pub(crate) fn quantised_bytes(numbers: u64) -> u64 {
+    let blocks = numbers.div_ceil(BLOCK_SIZE as u64);
+    numbers.div_ceil(2)
+        + blocks
+        + blocks.div_ceil(NESTED_BLOCK_SIZE as u64) * size_of::<f32>() as u64
+}
+
 /// One rank's slice of one weight in NF4.
 ///
 /// Blocks of 64 numbers and the scales' own blocks are those of the whole weight, wherever it was cut.

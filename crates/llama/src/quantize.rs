@@ -121,7 +121,8 @@ fn quantise(
     Ok(())
 }
 
-fn is_linear(name: &str) -> bool {
+/// Whether a tensor is one of those that become NF4.
+pub(crate) fn is_linear(name: &str) -> bool {
     name.ends_with("_proj.weight")
 }
 

@@ -68,7 +68,7 @@ pub use held_out::{EvalConfig, EvalEvery, EvalRows, held_out_loss};
 pub use inspect::Inspection;
 pub use loss::{Head, HeadLoss, head_loss};
 pub use optimizer::{AdamWConfig, Entry, FlatAdamW};
-pub use plan::{MemoryPlan, PlanInput, PlannedTraining};
+pub use plan::{MemoryPlan, PlanInput, PlannedRank, PlannedTraining};
 pub use plan_command::{PlanArgs, PlanReport};
 pub use ranks::Ranks;
 pub use run::{ADAPTER_DIR, MODEL_DIR, Summary, train};

@@ -8,7 +8,9 @@
 
 use std::collections::BTreeMap;
 
-use dromedary_llama::{Footprint, LlamaConfig, LoadOptions, LoraConfig, Plan};
+use dromedary_llama::{
+    Footprint, LlamaConfig, LoadOptions, LoraConfig, Plan, RankPlan, TrainedTensor,
+};
 use serde::Serialize;
 use tch::Kind;
 
@@ -38,6 +40,34 @@ pub enum PlannedTraining {
     Weights,
 }
 
+/// The rank that is planned for, and what it keeps in less memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlannedRank {
+    /// Its number among those that hold one model together.
+    pub tp_rank: usize,
+    /// Their number.
+    pub tp: usize,
+    /// Replicas over which the moments are divided.
+    pub moment_shares: usize,
+    /// Linear layers are kept in NF4.
+    pub nf4: bool,
+}
+
+impl Default for PlannedRank {
+    /// One rank alone, nothing in four bits.
+    fn default() -> Self {
+        Self { tp_rank: 0, tp: 1, moment_shares: 1, nf4: false }
+    }
+}
+
+impl PlannedRank {
+    pub(crate) fn footprint(self, config: &LlamaConfig, kind: Kind) -> Result<Footprint> {
+        let Self { tp_rank, tp, nf4, .. } = self;
+        let options = LoadOptions { kind, pack: false, nf4, tp_rank, tp, ..LoadOptions::default() };
+        Ok(Footprint::new(config, &Plan::new(config, tp)?, &options))
+    }
+}
+
 /// What a plan is made of.
 #[derive(Clone, Debug)]
 pub struct PlanInput<'a> {
@@ -53,6 +83,8 @@ pub struct PlanInput<'a> {
     pub targets: u64,
     /// Layers whose activations are kept, the others are computed twice.
     pub kept_layers: usize,
+    /// The rank.
+    pub rank: PlannedRank,
 }
 
 /// Bytes of a run at its peak, by part; for f32 on a CPU.
@@ -81,17 +113,17 @@ impl MemoryPlan {
     /// Target modules that the model does not have.
     pub fn new(input: &PlanInput<'_>) -> Result<Self> {
         let config = input.config;
-        let trained = trained_numbers(config, &input.training)?;
-        let options = LoadOptions { kind: input.kind, pack: false, ..LoadOptions::default() };
-        let weights = Footprint::new(config, &Plan::new(config, 1)?, &options).weight_bytes;
+        let trained = trained_numbers(input)?;
+        let weights = input.rank.footprint(config, input.kind)?.weight_bytes;
+        let widths = Widths::of(config, Plan::new(config, input.rank.tp)?.rank(input.rank.tp_rank));
         let in_place = input.training == PlannedTraining::Weights && input.kind == Kind::Float;
         Ok(Self {
             weights,
             trained: if in_place { 0 } else { F32 * trained },
             gradients: F32 * trained,
-            moments: 2 * F32 * trained,
-            activations: F32 * (activations(input) + scratch(input)),
-            head: F32 * head(input),
+            moments: 2 * F32 * trained.div_ceil(input.rank.moment_shares.max(1) as u64),
+            activations: F32 * (activations(input, &widths) + scratch(input, &widths)),
+            head: F32 * head(input, &widths),
             process: PROCESS,
         })
     }
@@ -119,19 +151,30 @@ impl MemoryPlan {
     }
 }
 
-/// P.
-fn trained_numbers(config: &LlamaConfig, training: &PlannedTraining) -> Result<u64> {
-    Ok(match training {
-        PlannedTraining::Weights => config.num_parameters() as u64,
-        PlannedTraining::Adapters(lora) => {
-            let modules = lora.modules(config)?;
-            modules.iter().map(|(_, [out, inner])| (lora.r * (out + inner)) as u64).sum()
+/// P, of this rank.
+pub(crate) fn trained_numbers(input: &PlanInput<'_>) -> Result<u64> {
+    let PlanInput { config, rank, .. } = input;
+    let lora = match &input.training {
+        PlannedTraining::Weights => return Ok(rank.footprint(config, input.kind)?.parameters),
+        PlannedTraining::Adapters(lora) => lora,
+    };
+    let plan = Plan::new(config, rank.tp)?;
+    let mut numbers = 0;
+    for (module, [out, inner]) in lora.modules(config)? {
+        for (tensor, shape) in
+            [(TrainedTensor::LoraA, [lora.r, inner]), (TrainedTensor::LoraB, [out, lora.r])]
+        {
+            let part = plan.trained_part(rank.tp_rank, &module, tensor);
+            let local = part.map_or(shape.to_vec(), |part| part.shard().local_shape(&shape));
+            numbers += local.iter().product::<i64>() as u64;
         }
-    })
+    }
+    Ok(numbers)
 }
 
-/// Sizes of a layer.
+/// Sizes of a layer and of the head on one rank.
 struct Widths {
+    vocab: u64,
     hidden: u64,
     ffn: u64,
     queries: u64,
@@ -140,15 +183,17 @@ struct Widths {
 }
 
 impl Widths {
-    fn of(config: &LlamaConfig) -> Self {
+    fn of(config: &LlamaConfig, rank: &RankPlan) -> Self {
         let head = |heads: i64| (heads * config.head_dim) as u64;
-        let queries = head(config.num_attention_heads);
+        let length = |range: &std::ops::Range<i64>| (range.end - range.start) as u64;
+        let queries = head(rank.n_local_heads());
         Self {
+            vocab: length(&rank.vocab),
             hidden: config.hidden_size as u64,
-            ffn: config.intermediate_size as u64,
+            ffn: length(&rank.intermediate),
             queries,
-            qkv: queries + 2 * head(config.num_key_value_heads),
-            heads: config.num_attention_heads as u64,
+            qkv: queries + 2 * head(rank.n_local_kv_heads()),
+            heads: rank.n_local_heads() as u64,
         }
     }
 
@@ -164,8 +209,8 @@ impl Widths {
 }
 
 /// Numbers of what forward keeps, and of what half-blocks share.
-fn activations(input: &PlanInput<'_>) -> u64 {
-    let Widths { hidden, ffn, queries, qkv, heads } = Widths::of(input.config);
+fn activations(input: &PlanInput<'_>, widths: &Widths) -> u64 {
+    let Widths { hidden, ffn, queries, qkv, heads, .. } = *widths;
     let layers = input.config.num_hidden_layers as u64;
     let kept = (input.kept_layers as u64).min(layers);
     // A layer that is computed twice has its state for the moment.
@@ -191,22 +236,22 @@ fn activations(input: &PlanInput<'_>) -> u64 {
 
 /// Numbers that do not depend on the tokens: packed panels, weights with adapters added to them or
 /// converted to f32, gradients of weights on their way.
-fn scratch(input: &PlanInput<'_>) -> u64 {
-    let linears = Widths::of(input.config).linears().map(|[out, inner]| out * inner);
+fn scratch(input: &PlanInput<'_>, widths: &Widths) -> u64 {
+    let linears = widths.linears().map(|[out, inner]| out * inner);
     let largest = linears.into_iter().max().unwrap_or(0);
     let merged = match input.training {
         PlannedTraining::Weights => largest,
+        // One piece of memory serves all layers.
+        PlannedTraining::Adapters(_) if input.rank.nf4 => largest,
         PlannedTraining::Adapters(_) => linears.into_iter().sum(),
     };
-    let converted = if input.kind == Kind::Float { 0 } else { largest };
-    PANELS.min(largest.max(input.config.hidden_size as u64 * input.config.vocab_size as u64))
-        + merged
-        + converted
+    let converted = if input.kind == Kind::Float || input.rank.nf4 { 0 } else { largest };
+    PANELS.min(largest.max(widths.hidden * widths.vocab)) + merged + converted
 }
 
 /// Numbers of the head.
-fn head(input: &PlanInput<'_>) -> u64 {
-    let (hidden, vocab) = (input.config.hidden_size as u64, input.config.vocab_size as u64);
+fn head(input: &PlanInput<'_>, widths: &Widths) -> u64 {
+    let Widths { hidden, vocab, .. } = *widths;
     let logits = input.targets.min(logits_rows(input.config.vocab_size) as u64) * vocab;
     let converted = if input.kind == Kind::Float { 0 } else { vocab * hidden };
     // The gradient of the head's weight, and what is added to it.

@@ -13,7 +13,7 @@ use crate::{
     activations::ActivationsMode,
     config::target_modules,
     error::Result,
-    plan::{MemoryPlan, PlanInput, PlannedTraining},
+    plan::{MemoryPlan, PlanInput, PlannedRank, PlannedTraining},
 };
 
 /// Share of the speed of one large product that a whole step reaches.
@@ -65,6 +65,18 @@ pub struct PlanArgs {
     /// Memory that `--activations auto` fits into.
     #[arg(long, value_name = "SIZE")]
     pub max_memory: Option<ByteSize>,
+    /// Ranks that hold one model together [default: 1].
+    #[arg(long, value_name = "N")]
+    pub tp: Option<usize>,
+    /// Replicas of the model, which share the rows of a step [default: 1].
+    #[arg(long, value_name = "N")]
+    pub dp: Option<usize>,
+    /// Divide the optimizer's moments over the replicas [default: false].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
+    pub shard_optimizer: Option<bool>,
+    /// Bits of the frozen linear layers: 4, or 16 for --dtype [default: 16].
+    #[arg(long, value_name = "BITS")]
+    pub bits: Option<u8>,
     /// Kind of the weights: auto, f32, bf16 or f16 [default: auto].
     #[arg(long, value_name = "KIND")]
     pub dtype: Option<String>,
@@ -81,10 +93,14 @@ pub struct PlanArgs {
 pub struct PlanReport {
     /// Layers whose activations are kept.
     pub kept_layers: usize,
-    /// Bytes by part.
+    /// Bytes by part, of the rank that takes most.
     pub memory: MemoryPlan,
     /// Their sum.
     pub total_bytes: u64,
+    /// Bytes by part of each rank of a replica; those of the other replicas take the same.
+    pub ranks: Vec<MemoryPlan>,
+    /// Replicas.
+    pub dp: usize,
     /// Optimizer steps.
     pub steps: u64,
     /// Tokens read, over all epochs.
@@ -130,12 +146,21 @@ impl PlanReport {
             tokens,
             targets: (tokens as f64 * learned).ceil() as u64,
             kept_layers: 0,
+            rank: planned_rank(args)?,
         };
         let mode = args.activations.unwrap_or(ActivationsMode::Recompute);
         input.kept_layers = mode.kept_layers(&input, args.max_memory.map(|size| size.0))?;
-        let memory = MemoryPlan::new(&input)?;
+        let ranks = (0..input.rank.tp)
+            .map(|tp_rank| {
+                let rank = PlannedRank { tp_rank, ..input.rank };
+                MemoryPlan::new(&PlanInput { rank, ..input.clone() })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let memory = ranks.iter().copied().max_by_key(MemoryPlan::total);
+        let memory = memory.map_or_else(|| MemoryPlan::new(&input), Ok)?;
+        let dp = args.dp.unwrap_or(1);
         let (rows, epochs) = (args.rows.unwrap_or(10_000), args.num_train_epochs.unwrap_or(1.0));
-        let rows_per_step = batch_size * args.gradient_accumulation_steps.unwrap_or(16);
+        let rows_per_step = batch_size * args.gradient_accumulation_steps.unwrap_or(16) * dp as u64;
         let mean = args.row_tokens.unwrap_or(512);
         let tokens = (rows as f64 * epochs) as u64 * mean;
         let flops = tokens as f64 * flops_per_token(&input, mean, learned)?;
@@ -147,29 +172,45 @@ impl PlanReport {
             kept_layers: input.kept_layers,
             memory,
             total_bytes: memory.total(),
+            ranks,
+            dp,
             steps: (rows.div_ceil(rows_per_step.max(1)) as f64 * epochs).ceil() as u64,
             tokens,
             flops,
-            hours: flops / (EFFICIENCY * speed) / 3600.0,
+            hours: flops / (EFFICIENCY * speed * (dp * input.rank.tp) as f64) / 3600.0,
         })
     }
 
     /// For people.
     pub fn table(&self) -> String {
-        let memory = &self.memory;
         let mut text = String::new();
-        for (part, bytes) in [
-            ("weights", memory.weights),
-            ("adapter", memory.trained),
-            ("gradients", memory.gradients),
-            ("m and v", memory.moments),
-            ("activations", memory.activations),
-            ("head", memory.head),
-            ("process", memory.process),
-            ("all", self.total_bytes),
-        ] {
-            // Writing into a string does not fail.
-            let _ = writeln!(text, "{part:<12} {:>10.1} MB", bytes as f64 / 1e6);
+        // Writing into a string does not fail.
+        if self.ranks.len() > 1 {
+            let _ = write!(text, "{:<12}", "rank");
+            let names = (0..self.ranks.len()).map(|rank| format!(" {rank:>10}   "));
+            let _ = writeln!(text, "{}", names.collect::<String>().trim_end());
+        }
+        type Part = (&'static str, fn(&MemoryPlan) -> u64);
+        let parts: [Part; 8] = [
+            ("weights", |memory| memory.weights),
+            ("adapter", |memory| memory.trained),
+            ("gradients", |memory| memory.gradients),
+            ("m and v", |memory| memory.moments),
+            ("activations", |memory| memory.activations),
+            ("head", |memory| memory.head),
+            ("process", |memory| memory.process),
+            ("all", MemoryPlan::total),
+        ];
+        for (part, bytes) in parts {
+            let _ = write!(text, "{part:<12}");
+            for memory in &self.ranks {
+                let _ = write!(text, " {:>10.1} MB", bytes(memory) as f64 / 1e6);
+            }
+            let _ = writeln!(text);
+        }
+        if self.dp > 1 {
+            let ranks = self.dp * self.ranks.len();
+            let _ = writeln!(text, "\n{} replicas, {ranks} ranks", self.dp);
         }
         let Self { kept_layers, steps, tokens, flops, hours, .. } = self;
         let _ = writeln!(text, "\nlayers whose activations are kept  {kept_layers}");
@@ -177,6 +218,28 @@ impl PlanReport {
         let _ = writeln!(text, "work    {:.1} TFLOP\nhours   {hours:.2}", flops / 1e12);
         text
     }
+}
+
+/// The first rank of a replica.
+fn planned_rank(args: &PlanArgs) -> anyhow::Result<PlannedRank> {
+    for (flag, value) in [("tp", args.tp), ("dp", args.dp)] {
+        if value == Some(0) {
+            return Err(CommandError::usage(format!("--{flag} 0: must be at least 1")).into());
+        }
+    }
+    let nf4 = match args.bits.unwrap_or(16) {
+        4 if args.full_finetune == Some(true) => {
+            return Err(
+                CommandError::usage("--bits 4: --full-finetune true trains all weights").into()
+            );
+        }
+        4 => true,
+        16 => false,
+        bits => return Err(CommandError::usage(format!("--bits {bits}: give 4 or 16")).into()),
+    };
+    let is_divided = args.shard_optimizer == Some(true);
+    let moment_shares = if is_divided { args.dp.unwrap_or(1) } else { 1 };
+    Ok(PlannedRank { tp_rank: 0, tp: args.tp.unwrap_or(1), moment_shares, nf4 })
 }
 
 /// Operations for one token of rows of `row_tokens`, forward and backward.

@@ -25,7 +25,7 @@ use crate::{
     held_out::{self, held_out_loss},
     metrics::{CURVES_FILE, Journal, Line, METRICS_FILE, Older},
     model_card::{Inputs, ModelCard},
-    plan::{MemoryPlan, PlanInput, PlannedTraining},
+    plan::{MemoryPlan, PlanInput, PlannedRank, PlannedTraining},
     ranks::Ranks,
     schedule::Schedule,
     trained::Trained,
@@ -105,7 +105,9 @@ pub fn train(
     let (tp_rank, tp) = (ranks.tp().rank(), ranks.dims().tp);
     let load = LoadOptions { device, kind, pack: false, nf4, tp_rank, tp };
     let mut model = Llama::load(&base, &load)?;
-    let kept_layers = kept_layers(config, base.config(), kind, &examples)?;
+    let moment_shares = if config.shard_optimizer { ranks.dims().dp } else { 1 };
+    let rank = PlannedRank { tp_rank, tp, moment_shares, nf4 };
+    let kept_layers = kept_layers(config, (base.config(), rank), kind, &examples)?;
     let adamw = config.adamw.clone();
     let mut trained = match config.full_finetune {
         true => Trained::take_weights(&mut model, adamw)?,
@@ -281,7 +283,7 @@ fn resume_from(config: &TrainConfig, ranks: &Ranks<'_>) -> Result<Option<PathBuf
 /// The layers whose activations are kept, for the longest rows.
 fn kept_layers(
     config: &TrainConfig,
-    model: &LlamaConfig,
+    (model, rank): (&LlamaConfig, PlannedRank),
     kind: Kind,
     examples: &[Example],
 ) -> Result<usize> {
@@ -300,6 +302,7 @@ fn kept_layers(
         tokens: longest.iter().map(|&(tokens, _)| tokens as u64).sum(),
         targets: longest.iter().map(|&(_, targets)| targets as u64).sum(),
         kept_layers: 0,
+        rank,
     };
     let kept_layers = config.activations.kept_layers(&input, config.max_memory)?;
     let plan = MemoryPlan::new(&PlanInput { kept_layers, ..input })?;

@@ -2,7 +2,8 @@ use std::{fs, path::Path, process::Command};
 
 use dromedary_llama::{Checkpoint, Llama, LlamaConfig, LoadOptions, LoraConfig};
 use dromedary_principle_engraving::{
-    ActivationsMode, AdamWConfig, Error, Example, MemoryPlan, PlanInput, PlannedTraining, Trained,
+    ActivationsMode, AdamWConfig, Error, Example, MemoryPlan, PlanInput, PlannedRank,
+    PlannedTraining, Trained,
 };
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use serde_json::{Value, json};
@@ -66,6 +67,7 @@ fn planned(case: &Case, config: &LlamaConfig) -> u64 {
         tokens,
         targets: tokens / 2,
         kept_layers: case.kept_layers,
+        rank: PlannedRank::default(),
     };
     MemoryPlan::new(&input).unwrap().total()
 }
@@ -183,6 +185,7 @@ fn auto_keeps_as_many_layers_as_fit_and_names_what_is_needed() {
         tokens: 4096,
         targets: 2048,
         kept_layers: 0,
+        rank: PlannedRank::default(),
     };
     let total =
         |kept_layers| MemoryPlan::new(&PlanInput { kept_layers, ..input.clone() }).unwrap().total();

@@ -1,5 +1,6 @@
 use std::{
     fs,
+    path::Path,
     process::{Command, Output},
 };
 
@@ -124,4 +125,46 @@ fn a_plan_comes_from_a_config_alone() {
     }
     let refused = plan(&["--activations", "auto", "--max-memory", "1MB"]);
     assert!(!refused.status.success() && stderr(&refused).contains("are needed"));
+}
+
+/// The original's run, 8 replicas in four bits, and one model over 8 ranks in 16 bits.
+#[test]
+fn a_plan_tells_each_ranks_memory() {
+    let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/llama/llama2-70b");
+    let report = |flags: &[&str]| -> Value {
+        let mut command = Command::new(BINARY);
+        command.arg("plan").arg("--checkpoint").arg(&config).args(flags);
+        let output = command.args(["--json", "--gflops", "1e5"]).output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let bytes = |memory: &Value, part: &str| memory[part].as_f64().unwrap();
+    let qlora = report(&["--dp", "8", "--bits", "4", "--dtype", "bf16"]);
+    assert_eq!(qlora["ranks"].as_array().unwrap().len(), 1);
+    // 80 layers of 2 x 8192 x 8192 + 2 x 8192 x 1024 + 3 x 8192 x 28672 numbers in 4.127 bits, embedding
+    // and head of 32000 x 8192 in 16 bits each, norms in 32.
+    let linears = 80.0 * (2.0 * 8192.0 * 8192.0 + 2.0 * 8192.0 * 1024.0 + 3.0 * 8192.0 * 28672.0);
+    let weights =
+        linears * 4.126_953_125 / 8.0 + 2.0 * 2.0 * 32000.0 * 8192.0 + 161.0 * 4.0 * 8192.0;
+    assert!((bytes(&qlora["memory"], "weights") / weights - 1.0).abs() < 1e-6);
+    assert!(qlora["total_bytes"].as_f64().unwrap() < 80e9);
+    let divided = report(&["--dp", "8", "--bits", "4", "--dtype", "bf16", "--shard-optimizer"]);
+    let moments = |report: &Value| bytes(&report["memory"], "moments");
+    assert_eq!(moments(&divided), moments(&qlora) / 8.0);
+    assert_eq!(qlora["steps"], report(&["--gradient-accumulation-steps", "128"])["steps"]);
+
+    let whole = report(&["--dtype", "bf16"]);
+    let cut = report(&["--tp", "8", "--dtype", "bf16"]);
+    let ranks = cut["ranks"].as_array().unwrap();
+    assert_eq!(ranks.len(), 8);
+    // Each rank holds the embedding, 1/8 of the linear layers and of the head, and the norms.
+    let weights: f64 = ranks.iter().map(|rank| bytes(rank, "weights")).sum();
+    let replicated = 7.0 * (2.0 * 32000.0 * 8192.0 + 161.0 * 4.0 * 8192.0);
+    assert!((weights - bytes(&whole["memory"], "weights") - replicated).abs() < 1.0);
+    assert!(cut["total_bytes"].as_f64().unwrap() < 80e9);
+    for refused in [["--tp", "65"], ["--tp", "0"], ["--bits", "3"]] {
+        let mut command = Command::new(BINARY);
+        command.arg("plan").arg("--checkpoint").arg(&config).args(refused);
+        assert!(!command.output().unwrap().status.success(), "{refused:?}");
+    }
 }
