@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::{Error, Result};
 
@@ -17,7 +17,7 @@ pub type Message = [u64; 2];
 /// What is said to be a collective must be called by **every rank of the group, in the same
 /// order**, with tensors of the same kind and shape where nothing else is said. Tensors may live on
 /// any device and have any layout; those that are not dense host tensors are staged through host
-/// memory. What is not is [`rank`](Self::rank), [`world_size`](Self::world_size), messages from one
+/// memory, except where [`for_device`](Self::for_device) found NCCL. What is not is [`rank`](Self::rank), [`world_size`](Self::world_size), messages from one
 /// rank to another, the clock, and the two that abort.
 ///
 /// Tensors that are changed must not be results of a recorded graph ([`Error::Recorded`]).
@@ -87,6 +87,17 @@ pub trait Communicator: Send {
     /// # Errors
     /// A rank that is gone.
     fn split(&self, color: usize, key: usize) -> Result<Box<dyn Communicator>>;
+
+    /// The same ranks for tensors on `device`. Where that is a GPU on every rank and NCCL can be
+    /// loaded, such tensors go from GPU to GPU; where it cannot, they go through host memory, and a
+    /// warning says so once. A collective.
+    ///
+    /// # Errors
+    /// A rank that is gone; NCCL that is there and does not connect the ranks.
+    fn for_device(&self, device: Device) -> Result<Box<dyn Communicator>> {
+        let _ = device;
+        self.split(0, self.rank())
+    }
 
     /// Sends a message to another rank, and does not wait until that rank asks for it. Messages
     /// between two ranks arrive in the order in which they were sent, beside all collectives.

@@ -1,7 +1,8 @@
 //! What the NVIDIA driver knows of GPUs: `libcuda`, loaded while the program runs, so that it is
 //! needed neither to build nor to run without a GPU.
 
-use std::ffi::{OsStr, c_char, c_int, c_uint};
+use std::ffi::{OsStr, c_char, c_int, c_uint, c_void};
+use std::ptr;
 
 use libloading::{Library, Symbol};
 
@@ -11,10 +12,20 @@ pub(crate) const LIBRARY: &str = "libcuda.so.1";
 /// What the driver calls success.
 const SUCCESS: c_int = 0;
 
+/// What it says while work is under way.
+const NOT_READY: c_int = 600;
+
 type Init = unsafe extern "C" fn(c_uint) -> c_int;
 type GetCount = unsafe extern "C" fn(*mut c_int) -> c_int;
 type Get = unsafe extern "C" fn(*mut c_int, c_int) -> c_int;
+type RetainContext = unsafe extern "C" fn(*mut *mut c_void, c_int) -> c_int;
+type SetContext = unsafe extern "C" fn(*mut c_void) -> c_int;
+type QueryStream = unsafe extern "C" fn(*mut c_void) -> c_int;
 type GetUuid = unsafe extern "C" fn(*mut [c_char; 16], c_int) -> c_int;
+
+/// A context of the driver by its address: a number may be moved to another thread.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Context(usize);
 
 /// The driver, ready to be asked.
 #[derive(Debug)]
@@ -47,15 +58,53 @@ impl Driver {
         usize::try_from(count).map_err(|error| error.to_string())
     }
 
-    /// The bytes that name a GPU, or a part of one where it is split (MIG), on its machine.
-    pub(crate) fn uuid(&self, ordinal: usize) -> Result<[u8; 16], String> {
+    fn device(&self, ordinal: usize) -> Result<c_int, String> {
         let ordinal = c_int::try_from(ordinal).map_err(|error| error.to_string())?;
-        let (mut device, mut uuid) = (0, [0; 16]);
+        let mut device = 0;
         // SAFETY: the name and type are those of cuda.h.
         let get: Symbol<'_, Get> =
             unsafe { self.library.get(b"cuDeviceGet") }.map_err(first_line)?;
         // SAFETY: the driver is initialised, and there is room for one int.
         check("cuDeviceGet", unsafe { get(&mut device, ordinal) })?;
+        Ok(device)
+    }
+
+    /// The context of a GPU that libtorch uses too. It is never given back, as libtorch's is not.
+    pub(crate) fn context(&self, ordinal: usize) -> Result<Context, String> {
+        let (device, mut context) = (self.device(ordinal)?, ptr::null_mut());
+        // SAFETY: the name and type are those of cuda.h.
+        let retain: Symbol<'_, RetainContext> =
+            unsafe { self.library.get(b"cuDevicePrimaryCtxRetain") }.map_err(first_line)?;
+        // SAFETY: a device that the driver has just given, and room for one pointer.
+        check("cuDevicePrimaryCtxRetain", unsafe { retain(&mut context, device) })?;
+        Ok(Context(context.expose_provenance()))
+    }
+
+    /// Makes a context's GPU the one of this thread.
+    pub(crate) fn make_current(&self, context: Context) -> Result<(), String> {
+        // SAFETY: the name and type are those of cuda.h.
+        let set: Symbol<'_, SetContext> =
+            unsafe { self.library.get(b"cuCtxSetCurrent") }.map_err(first_line)?;
+        let context = ptr::with_exposed_provenance_mut(context.0);
+        // SAFETY: a context that the driver has given, and that is never given back.
+        check("cuCtxSetCurrent", unsafe { set(context) })
+    }
+
+    /// Whether the null stream of this thread's GPU has no more work.
+    pub(crate) fn is_idle(&self) -> Result<bool, String> {
+        // SAFETY: the name and type are those of cuda.h.
+        let query: Symbol<'_, QueryStream> =
+            unsafe { self.library.get(b"cuStreamQuery") }.map_err(first_line)?;
+        // SAFETY: the null stream is there in every context.
+        match unsafe { query(ptr::null_mut()) } {
+            NOT_READY => Ok(false),
+            code => check("cuStreamQuery", code).map(|()| true),
+        }
+    }
+
+    /// The bytes that name a GPU, or a part of one where it is split (MIG), on its machine.
+    pub(crate) fn uuid(&self, ordinal: usize) -> Result<[u8; 16], String> {
+        let (device, mut uuid) = (self.device(ordinal)?, [0; 16]);
         // SAFETY: the names and the type, which is that of both, are those of cuda.h. The first
         // knows parts of GPUs, and drivers before 11.4 do not have it.
         let get_uuid: Symbol<'_, GetUuid> = unsafe {

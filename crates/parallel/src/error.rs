@@ -102,6 +102,20 @@ pub enum Error {
         /// MPI's message.
         message: String,
     },
+    /// NCCL or the driver refused a call, or a rank's GPU is gone.
+    #[error("{operation}: NCCL: {message}")]
+    Nccl {
+        /// The collective.
+        operation: &'static str,
+        /// What was called, and what came back.
+        message: String,
+    },
+    /// A part of this crate that was left out when it was built.
+    #[error("built without the feature `{feature}` of dromedary-parallel")]
+    FeatureOff {
+        /// Its name.
+        feature: &'static str,
+    },
     /// MPI was already set up by somebody else in this process.
     #[error("MPI was already initialised in this process")]
     MpiInitialised,

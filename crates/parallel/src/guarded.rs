@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::communicator::Message;
 use crate::roll_call::RollCall;
@@ -125,6 +125,11 @@ impl Communicator for Guarded {
 
     fn split(&self, color: usize, key: usize) -> Result<Box<dyn Communicator>> {
         let inner = self.watched("split", |inner| inner.split(color, key))?;
+        Ok(Box::new(Guarded { watchdog: Arc::clone(&self.watchdog), inner }))
+    }
+
+    fn for_device(&self, device: Device) -> Result<Box<dyn Communicator>> {
+        let inner = self.watched("for_device", |inner| inner.for_device(device))?;
         Ok(Box::new(Guarded { watchdog: Arc::clone(&self.watchdog), inner }))
     }
 

@@ -1,5 +1,5 @@
-//! The machine of a rank: its name, and dense copies of tensors in its memory, which is what ranks
-//! exchange.
+//! The machine of a rank: its name, and dense copies of tensors in its memory or in that of one of
+//! its devices, which is what ranks exchange.
 
 use tch::{Device, Kind, Tensor};
 
@@ -12,7 +12,7 @@ pub(crate) fn name() -> String {
 
 /// The kind in which tensors of `kind` are summed: neither MPI nor a sum of many terms is at home
 /// in 16 bits.
-fn reduction_kind(operation: &'static str, kind: Kind) -> Result<Kind> {
+pub(crate) fn reduction_kind(operation: &'static str, kind: Kind) -> Result<Kind> {
     match kind {
         Kind::Float | Kind::Half | Kind::BFloat16 => Ok(Kind::Float),
         Kind::Double | Kind::Int64 => Ok(kind),
@@ -20,7 +20,7 @@ fn reduction_kind(operation: &'static str, kind: Kind) -> Result<Kind> {
     }
 }
 
-fn kind_of(operation: &'static str, tensor: &Tensor) -> Result<Kind> {
+pub(crate) fn kind_of(operation: &'static str, tensor: &Tensor) -> Result<Kind> {
     tensor.f_kind().map_err(Error::torch(operation))
 }
 
@@ -31,7 +31,7 @@ pub(crate) fn reduce(
     collective: impl FnOnce(&mut Tensor) -> Result<()>,
 ) -> Result<()> {
     let kind = reduction_kind(operation, kind_of(operation, tensor)?)?;
-    staged(operation, tensor, kind, collective)
+    staged(operation, tensor, Device::Cpu, kind, collective)
 }
 
 /// `collective` on a dense host tensor of the same kind; the result is copied back.
@@ -41,22 +41,24 @@ pub(crate) fn update(
     collective: impl FnOnce(&mut Tensor) -> Result<()>,
 ) -> Result<()> {
     let kind = kind_of(operation, tensor)?;
-    staged(operation, tensor, kind, collective)
+    staged(operation, tensor, Device::Cpu, kind, collective)
 }
 
-fn staged(
+/// `collective` on a dense tensor of this kind in the memory of `device`; the result is copied back.
+pub(crate) fn staged(
     operation: &'static str,
     tensor: &mut Tensor,
+    device: Device,
     kind: Kind,
     collective: impl FnOnce(&mut Tensor) -> Result<()>,
 ) -> Result<()> {
     check_writable(operation, tensor)?;
-    if is_dense_host(tensor) && tensor.f_kind().is_ok_and(|own| own == kind) {
+    if is_dense_on(tensor, device) && tensor.f_kind().is_ok_and(|own| own == kind) {
         return collective(tensor);
     }
-    let mut host = tch::no_grad(|| dense_host(tensor, kind)).map_err(Error::torch(operation))?;
-    collective(&mut host)?;
-    tch::no_grad(|| tensor.f_copy_(&host)).map_err(Error::torch(operation))
+    let mut copy = tch::no_grad(|| dense(tensor, device, kind)).map_err(Error::torch(operation))?;
+    collective(&mut copy)?;
+    tch::no_grad(|| tensor.f_copy_(&copy)).map_err(Error::torch(operation))
 }
 
 /// Refuses a tensor whose change autograd would not see.
@@ -73,8 +75,12 @@ pub(crate) fn check_reduction(operation: &'static str, tensor: &Tensor) -> Resul
     check_writable(operation, tensor)
 }
 
-fn dense_host(tensor: &Tensor, kind: Kind) -> std::result::Result<Tensor, tch::TchError> {
-    tensor.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(kind)?.f_contiguous()
+fn dense(
+    tensor: &Tensor,
+    device: Device,
+    kind: Kind,
+) -> std::result::Result<Tensor, tch::TchError> {
+    tensor.f_detach()?.f_to_device(device)?.f_to_kind(kind)?.f_contiguous()
 }
 
 /// `collective` makes the gathered rows from a dense host tensor of at least one dimension; they go
@@ -84,18 +90,32 @@ pub(crate) fn gathered(
     tensor: &Tensor,
     collective: impl FnOnce(&Tensor) -> Result<Tensor>,
 ) -> Result<Tensor> {
+    gathered_on(Device::Cpu, operation, tensor, collective)
+}
+
+/// The same in the memory of `device`.
+pub(crate) fn gathered_on(
+    device: Device,
+    operation: &'static str,
+    tensor: &Tensor,
+    collective: impl FnOnce(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
     let kind = kind_of(operation, tensor)?;
     let rows = tch::no_grad(|| {
-        let host = dense_host(tensor, kind)?;
-        if host.dim() == 0 { host.f_unsqueeze(0) } else { Ok(host) }
+        let rows = dense(tensor, device, kind)?;
+        if rows.dim() == 0 { rows.f_unsqueeze(0) } else { Ok(rows) }
     })
     .map_err(Error::torch(operation))?;
     collective(&rows)?.f_to_device(tensor.device()).map_err(Error::torch(operation))
 }
 
 pub(crate) fn is_dense_host(tensor: &Tensor) -> bool {
+    is_dense_on(tensor, Device::Cpu)
+}
+
+fn is_dense_on(tensor: &Tensor, device: Device) -> bool {
     tensor.defined()
-        && tensor.device() == Device::Cpu
+        && tensor.device() == device
         && !tensor.is_sparse()
         && !tensor.is_mkldnn()
         && tensor.is_contiguous()

@@ -3,7 +3,8 @@
 //! The central trait is [`Communicator`], a group of ranks with its collectives. It has three
 //! implementations, which pass the same test: [`SingleProcess`], [`threads`] (the ranks of a test,
 //! in one process) and [`Mpi`]. [`launch`] finds out how the process was started and gives it the
-//! right one, inside [`Guarded`], which ends a job that waits for ever. [`ParallelDims`] lays the
+//! right one, inside [`Guarded`], which ends a job that waits for ever. GPUs talk to each other through
+//! NCCL, where [`Communicator::for_device`] finds it. [`ParallelDims`] lays the
 //! ranks out as replicas of tensor-parallel groups, and [`WorkQueue`] deals rows out to them.
 //!
 //! One rank that fails ends all: a panic, an error that [`Launch::run`] sees, a rank that does not
@@ -35,6 +36,7 @@ mod host;
 mod launch;
 mod mpi_buffers;
 mod mpi_communicator;
+mod nccl;
 mod roll_call;
 mod single;
 mod stderr;
@@ -49,6 +51,7 @@ pub use fault::fault_point;
 pub use guarded::Guarded;
 pub use launch::{Launch, launch};
 pub use mpi_communicator::Mpi;
+pub use nccl::{NcclLibraries, join_nccl};
 pub use single::SingleProcess;
 pub use threads::{ThreadCommunicator, threads};
 pub use work_queue::WorkQueue;

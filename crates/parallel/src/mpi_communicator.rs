@@ -4,12 +4,12 @@ use std::process;
 use std::thread;
 use std::time::Duration;
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::communicator::{Message, check_peer, check_root};
 use crate::mpi_buffers::{self, Group, Reduction};
 use crate::stderr::say;
-use crate::{AbortHandle, Communicator, Error, Result, host};
+use crate::{AbortHandle, Communicator, Error, NcclLibraries, Result, host, nccl};
 
 /// A group of MPI processes; [`launch`](crate::launch) makes the one of all ranks.
 ///
@@ -168,6 +168,10 @@ impl Communicator for Mpi {
 
         let group = self.group.split(number(color)?, number(key)?)?;
         Ok(Box::new(Self::of(group)?))
+    }
+
+    fn for_device(&self, device: Device) -> Result<Box<dyn Communicator>> {
+        nccl::or_host(self.split(0, self.rank)?, device, &NcclLibraries::default())
     }
 
     fn abort_handle(&self) -> AbortHandle {

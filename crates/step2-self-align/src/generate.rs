@@ -253,11 +253,8 @@ impl Run<'_> {
         show_progress: bool,
     ) -> Result<Answered> {
         let Self { config, place, .. } = self;
-        let split = match place.dims.dp {
-            1 => None,
-            _ => Some(place.dims.tp_group(place.world)?),
-        };
-        let group = split.as_deref().unwrap_or(place.world);
+        let group = place.dims.tp_group(place.world)?.for_device(self.model.device())?;
+        let group = group.as_ref();
         let queue = RefCell::new(WorkQueue::new(place.world, group, left.len())?);
         let pulse = Pulse::default();
         let source = Source {

@@ -191,7 +191,8 @@ fn complete(config: &CompleteConfig, launch: &Launch) -> anyhow::Result<Done> {
         eos_token_ids: eos_token_ids(&config.checkpoint, &tokenizer)?,
         ..EngineConfig::default()
     };
-    let mut engine = Engine::new(&model, &tokenizer, world, engine_config)?;
+    let group = world.for_device(device)?;
+    let mut engine = Engine::new(&model, &tokenizer, group.as_ref(), engine_config)?;
     let request = Request { id: "prompt".into(), tokens, seed: config.seed };
     let statistics = print(&mut engine, request, &stop, world)?;
     tracing::info!(

@@ -8,6 +8,8 @@ mod contract;
 mod failing;
 /// Starts and watches jobs.
 mod job;
+/// Ranks whose tensors a stand-in for NCCL moves.
+mod nccl;
 /// This crate's own program in jobs.
 mod program;
 /// Groups that share a queue of rows, each as fast as it is.

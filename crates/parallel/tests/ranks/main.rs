@@ -13,6 +13,7 @@ use rustix::process::{Signal, getpid, kill_process};
 
 #[path = "../contract/mod.rs"]
 mod contract;
+mod nccl;
 mod queue;
 
 fn main() -> ExitCode {
@@ -57,6 +58,9 @@ fn work(word: &str, launch: &Launch) -> Result<(), Error> {
             mpi::is_initialized()
         ));
         return Ok(());
+    }
+    if word.starts_with("nccl") {
+        return nccl::work(word, launch);
     }
     if word.starts_with("queue") {
         return queue::work(word, world);
