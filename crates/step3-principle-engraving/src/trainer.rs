@@ -339,6 +339,7 @@ impl<'a> Trainer<'a> {
             let ids: Vec<i64> = batch.input_ids.iter().map(|&id| i64::from(id)).collect();
             let ids = Tensor::from_slice(&ids).to_device(gradient.device()); // (T)
             let mut sum = self.trained.gradient(leaf); // (V, C)
+            let gradient = gradient.to_kind(sum.kind());
             let _ = no_grad(|| sum.index_add_(0, &ids, &gradient));
         }
         Ok(head.loss_sum)
