@@ -66,6 +66,9 @@ pub fn train(
     local_rank: usize,
     stop: &StopFlag,
 ) -> Result<Summary> {
+    let device = select_device(&config.device, local_rank, world)?;
+    let world = world.for_device(device)?;
+    let world = world.as_ref();
     let ranks = Ranks::new(world, config.tp.unwrap_or(world.world_size()))?;
     // A step has the micro-batches of all replicas, so it sees the same rows wherever they are computed.
     let accumulation_steps = config.batches.accumulation_steps * ranks.dims().dp;
@@ -95,7 +98,6 @@ pub fn train(
         .max_steps
         .unwrap_or_else(|| (config.num_train_epochs * steps_per_epoch as f64).ceil() as u64);
     let schedule = config.schedule.over(total_steps)?;
-    let device = select_device(&config.device, local_rank, world)?;
     let kind = select_kind(&config.dtype, device, base.dtype())?;
     let nf4 = keeps_nf4(config, &base);
     let hashed = format!("{:?} {kind:?}{}", inputs.fingerprints(), if nf4 { " nf4" } else { "" });

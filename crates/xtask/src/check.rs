@@ -20,9 +20,21 @@ use crate::{
 
 const EMBED_PROMPTS: &str = r#"[{"instruction": "Name a river.", "input": ""}]"#;
 
+/// What is asked for beyond the checks of every run.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Options {
+    /// Packages may be installed.
+    pub(crate) yes: bool,
+    /// The long tests.
+    pub(crate) soak: bool,
+    /// The tests under Slurm.
+    pub(crate) slurm: bool,
+}
+
 /// Runs every check.
-pub(crate) fn run(workspace: &Workspace, cache: &Cache, yes: bool, soak: bool) -> Result<()> {
-    stage("setup", || setup::run(workspace, cache, setup::Purpose::Tests, yes))?;
+pub(crate) fn run(workspace: &Workspace, cache: &Cache, options: Options) -> Result<()> {
+    let purpose = setup::Purpose::of_tests(options.slurm);
+    stage("setup", || setup::run(workspace, cache, purpose, options.yes))?;
     let (model, tokenizers) = stage("model and tokenizers", || {
         let model = models::smollm2(workspace, cache, &Registries)?;
         let tokenizers = models::tokenizers(workspace, cache, &model, &Registries)?;
@@ -30,7 +42,7 @@ pub(crate) fn run(workspace: &Workspace, cache: &Cache, yes: bool, soak: bool) -
     })?;
     let mut variables =
         vec![("DROMEDARY_SMOLLM2", model.clone()), ("DROMEDARY_TOKENIZERS", tokenizers)];
-    if soak {
+    if options.soak {
         variables.push(("DROMEDARY_SOAK", PathBuf::from("1")));
     }
     stage("format", || terminal::run(&mut workspace.cargo(["fmt", "--all", "--check"])))?;
@@ -49,6 +61,15 @@ pub(crate) fn run(workspace: &Workspace, cache: &Cache, yes: bool, soak: bool) -
         test.envs(variables.iter().map(|(name, value)| (name, value)));
         run_tests(&mut test)
     })?;
+    if options.slurm {
+        // One after the other: each has a cluster of its own, on the same cores.
+        let slurm = stage("tests under Slurm", || {
+            let words = ["test", "--release", "--workspace", "--test", "slurm", "--"];
+            run_tests(workspace.cargo(words).args(["--ignored", "--test-threads", "1"]))
+        })?;
+        count.passed += slurm.passed;
+        count.ignored -= count.ignored.min(slurm.passed);
+    }
     stage("examples/embed", || {
         let mut embed = workspace.cargo(["run", "--release"]);
         // From its folder, as a program that uses the crates from outside the workspace; the

@@ -48,6 +48,9 @@ enum Task {
         /// Install system packages through apt without asking (CI=true says so too).
         #[arg(long)]
         yes: bool,
+        /// Install Slurm too, for `test --slurm`.
+        #[arg(long)]
+        slurm: bool,
     },
     /// Set up, build, and take prompts through all stages to a model that answers.
     ///
@@ -73,6 +76,10 @@ enum Task {
         /// Run the long tests too (up to 30 minutes).
         #[arg(long)]
         soak: bool,
+        /// Run the batch scripts too, under a real Slurm of two nodes that is brought up on this
+        /// machine, in a temporary folder, and taken down again.
+        #[arg(long)]
+        slurm: bool,
     },
     /// Check logits, adapters and checkpoints against Hugging Face's transformers and peft.
     Parity,
@@ -114,11 +121,13 @@ pub fn run(cli: Cli) -> Result<()> {
     let workspace = workspace::Workspace::find()?;
     let cache = cache::Cache::of_user()?;
     match cli.task {
-        Task::Setup { yes } => setup::run(&workspace, &cache, Purpose::Tests, yes),
+        Task::Setup { yes, slurm } => setup::run(&workspace, &cache, Purpose::of_tests(slurm), yes),
         Task::Demo { yes, quick, data } => {
             demo::run(&workspace, &cache, demo::Options { yes, quick, data })
         }
-        Task::Test { yes, soak } => check::run(&workspace, &cache, yes, soak),
+        Task::Test { yes, soak, slurm } => {
+            check::run(&workspace, &cache, check::Options { yes, soak, slurm })
+        }
         Task::Parity => parity::run(&workspace, &cache),
         Task::Bench { name, arguments } => bench::run(&workspace, &cache, &name, &arguments),
     }

@@ -14,6 +14,15 @@ pub enum Purpose {
     Build,
     /// To run their tests as well.
     Tests,
+    /// To run those tests too that bring up a Slurm.
+    Slurm,
+}
+
+impl Purpose {
+    /// Tests, with those that bring up a Slurm or without.
+    pub(crate) fn of_tests(slurm: bool) -> Self {
+        if slurm { Self::Slurm } else { Self::Tests }
+    }
 }
 
 /// Makes the machine and the checkout ready; does nothing where they are.

@@ -34,6 +34,8 @@ pub enum Need {
     PkgConfig,
     /// For looking at the pages that the stages write.
     Browser,
+    /// For tests of the batch scripts.
+    Slurm,
 }
 
 impl Need {
@@ -48,6 +50,7 @@ impl Need {
             Self::Make => "make",
             Self::PkgConfig => "pkg-config",
             Self::Browser => "Chromium (for tests of the pages)",
+            Self::Slurm => "Slurm with its daemons, and munge (for tests of the batch scripts)",
         }
     }
 
@@ -63,6 +66,7 @@ impl Need {
             Self::PkgConfig => &["pkg-config"],
             // Without a font its pictures have no text.
             Self::Browser => &["chromium", "fonts-dejavu-core"],
+            Self::Slurm => &["munge", "slurm-wlm", "slurm-wlm-basic-plugins"],
         }
     }
 
@@ -213,6 +217,7 @@ pub fn lacking(purpose: Purpose) -> Vec<Need> {
         (!on_path("make")).then_some(Need::Make),
         (!on_path(&pkg_config)).then_some(Need::PkgConfig),
         (purpose != Purpose::Build && browser::find().is_none()).then_some(Need::Browser),
+        (purpose == Purpose::Slurm && !has_slurm()).then_some(Need::Slurm),
     ]
     .into_iter()
     .flatten()
@@ -254,6 +259,15 @@ fn includes_mpi(compiler: &str) -> bool {
         let _ = input.write_all(b"#include <mpi.h>\n");
     }
     child.wait().is_ok_and(|status| status.success())
+}
+
+/// Its daemons are in a folder that users seldom have on their PATH.
+fn has_slurm() -> bool {
+    let has = |name: &&str| {
+        on_path(name)
+            || ["/usr/sbin", "/sbin"].iter().any(|path| Path::new(path).join(name).is_file())
+    };
+    ["munged", "sbatch", "slurmctld", "slurmd"].iter().all(has)
 }
 
 fn has_libclang() -> bool {

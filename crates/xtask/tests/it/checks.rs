@@ -62,6 +62,29 @@ fn soak_reaches_the_tests() {
 }
 
 #[test]
+fn slurm_is_installed_and_its_tests_are_run_behind_the_others() {
+    let machine = built();
+    let script = format!(
+        "echo \"apt-get $*\" >> {calls}; [ $1 = update ] || for name in munged sbatch slurmctld slurmd; \
+         do echo 'exit 0' > {bin}/$name; /bin/chmod +x {bin}/$name; done; exit 0",
+        calls = machine.calls(),
+        bin = machine.path("bin").display()
+    );
+    machine.program("apt-get", &script);
+    machine.program("sudo", "[ $1 = -n ] && shift; exec \"$@\"");
+    let output = test(&machine, &["--yes", "--slurm"], "");
+    assert!(output.status.success(), "{}", errors(&output));
+    let called = machine.called();
+    let already = Path::new("/usr/sbin/slurmctld").exists();
+    let install = "--no-install-recommends munge slurm-wlm slurm-wlm-basic-plugins";
+    assert_eq!(called.contains(install), !already, "{called}");
+    assert_eq!(called.matches("\ntest ").count(), 2, "{called}");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.contains("--test slurm -- --ignored --test-threads 1"), "{text}");
+    assert!(text.ends_with("\nTests: 83 passed, 0 failed, 0 skipped\n"), "{text}");
+}
+
+#[test]
 fn the_first_failing_check_ends_the_run() {
     for (fails, name) in [
         ("fmt", "format failed"),

@@ -1,0 +1,89 @@
+use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, getpid, kill_process};
+
+/// Time for killed processes to be gone.
+const GONE: Duration = Duration::from_secs(20);
+
+/// A process of this machine as /proc shows it; what cannot be read is empty.
+pub(crate) struct Process {
+    pub(crate) pid: Pid,
+    program: Option<PathBuf>,
+    environment: Vec<u8>,
+    /// Working folder and open files.
+    files: Vec<PathBuf>,
+}
+
+impl Process {
+    fn read(folder: &Path) -> Option<Self> {
+        let pid = Pid::from_raw(folder.file_name()?.to_str()?.parse().ok()?)?;
+        let entries = fs::read_dir(folder.join("fd")).into_iter().flatten().flatten();
+        let links = entries.map(|entry| entry.path()).chain([folder.join("cwd")]);
+        Some(Self {
+            pid,
+            program: fs::read_link(folder.join("exe")).ok(),
+            environment: fs::read(folder.join("environ")).unwrap_or_default(),
+            files: links.filter_map(|link| fs::read_link(link).ok()).collect(),
+        })
+    }
+
+    /// Whether a variable of its environment is this one.
+    pub(crate) fn has_variable(&self, variable: &str) -> bool {
+        self.environment.split(|byte| *byte == 0).any(|other| other == variable.as_bytes())
+    }
+
+    /// Whether it runs a program of this name.
+    pub(crate) fn runs(&self, name: &str) -> bool {
+        self.program.as_ref().is_some_and(|program| program.ends_with(name))
+    }
+
+    /// Whether it works in the folder, or knows it, or has something open in it.
+    pub(crate) fn uses(&self, folder: &Path) -> bool {
+        let name = folder.as_os_str().as_bytes();
+        self.files.iter().any(|file| file.starts_with(folder))
+            || self.environment.windows(name.len()).any(|part| part == name)
+    }
+}
+
+/// All other processes for which `wanted` holds.
+pub(crate) fn find(wanted: impl Fn(&Process) -> bool) -> Vec<Pid> {
+    fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|entry| Process::read(&entry.path()))
+        .filter(|process| process.pid != getpid() && wanted(process))
+        .map(|process| process.pid)
+        .collect()
+}
+
+/// Whether a signal waits for the process, which does not take it while it is stopped.
+pub(crate) fn is_pending(pid: Pid, signal: Signal) -> bool {
+    let path = format!("/proc/{}/status", pid.as_raw_nonzero());
+    let status = fs::read_to_string(path).unwrap_or_default();
+    let masks = ["SigPnd:", "ShdPnd:"].iter().filter_map(|name| {
+        let mask = status.lines().find_map(|line| line.strip_prefix(name))?;
+        u64::from_str_radix(mask.trim(), 16).ok()
+    });
+    masks.fold(0, |all, mask| all | mask) >> (signal.as_raw() - 1) & 1 == 1
+}
+
+/// Kills all processes for which `wanted` holds, until there are none; those that are left are
+/// returned.
+pub(crate) fn kill(wanted: impl Fn(&Process) -> bool) -> Vec<Pid> {
+    let begin = Instant::now();
+    loop {
+        let found = find(&wanted);
+        if found.is_empty() || begin.elapsed() > GONE {
+            return found;
+        }
+        for pid in found {
+            // It may be gone by now.
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
