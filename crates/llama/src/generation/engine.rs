@@ -67,7 +67,8 @@ pub struct EngineConfig {
 }
 
 impl Default for EngineConfig {
-    /// Eight rows of 512 tokens each, 128 of them generated, always the best token.
+    /// Eight rows of 512 tokens each, 128 of them generated, always the best token, until the text
+    /// begins a user's next turn as the original's prompt writes it.
     fn default() -> Self {
         Self {
             max_batch_size: 8,
@@ -77,7 +78,7 @@ impl Default for EngineConfig {
             prefix_use: PrefixUse::Shared,
             deterministic: false,
             sampling: Sampling::default(),
-            stop_strings: Vec::new(),
+            stop_strings: vec!["\n\nUser:".to_owned()],
             eos_token_ids: Vec::new(),
         }
     }
