@@ -91,13 +91,14 @@ def loss_of(model, rows):
 
 
 def make_adapter(checkpoint, folder, **settings):
-    """An adapter as PEFT writes it, none of whose factors is zero."""
+    """An adapter as PEFT writes it, none of whose factors is zero. The seed is also that of PEFT's lora_A."""
+    torch.manual_seed(5)
     model = get_peft_model(LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32),
                            LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, bias="none", **settings))
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
     model.save_pretrained(folder)
 
 
