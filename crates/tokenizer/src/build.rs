@@ -17,6 +17,7 @@ use tokenizers::{AddedToken as Word, AddedVocabulary, NormalizedString, Normaliz
 use crate::count::{Borders, Memories};
 use crate::format::{ConfigFile, TokenName, TokenizerFile, kind, steps};
 use crate::sentencepiece::{self, Converted};
+use crate::spans::Controls;
 use crate::split::{GPT2_PATTERN, Split};
 use crate::tokenizer::{Decoder, Pipeline, Step, Token, byte_of_token};
 use crate::{Error, Result, Tokenizer};
@@ -112,6 +113,8 @@ impl Builder {
         Ok(Tokenizer {
             model,
             added,
+            controls: Controls::new(&self.file.added_tokens),
+            prefixes_each_part: self.prefixes_each_part()?,
             at_start,
             continuation,
             decoder,
@@ -312,6 +315,16 @@ impl Builder {
             }
         }
         Ok(pipeline)
+    }
+
+    /// False where the file asks for a space at the very beginning only.
+    fn prefixes_each_part(&self) -> Result<bool> {
+        match &self.file.pre_tokenizer {
+            Some(step) if kind(step) == "Metaspace" => {
+                Ok(self.parse::<Metaspace>(step)?.prepend_scheme != PrependScheme::First)
+            }
+            _ => Ok(true),
+        }
     }
 
     /// Checks that a normalizer puts markers for spaces; tells whether it puts one before a text.

@@ -38,6 +38,32 @@ pub enum Error {
         /// What it holds.
         found: String,
     },
+    /// There is no template to write conversations with.
+    #[error("{path} has no chat_template, and there is no chat_template.jinja beside it")]
+    NoChatTemplate {
+        /// The file that should have one.
+        path: PathBuf,
+    },
+    /// A chat template has a mistake, or refuses a conversation.
+    #[error("chat template of {path}: {message}")]
+    ChatTemplate {
+        /// The file that the template is in.
+        path: PathBuf,
+        /// The template's or the engine's reason, with the line.
+        message: String,
+    },
+    /// A chat template writes a turn in another way when others follow it, so that it cannot be told which
+    /// tokens are the turn's.
+    #[error(
+        "chat template of {path}: it does not write turn {turn} in the same way before and after it is \
+         answered; {{% generation %}} blocks in the template would say which part is learned"
+    )]
+    TurnRewritten {
+        /// The file that the template is in.
+        path: PathBuf,
+        /// The message, from 1.
+        turn: usize,
+    },
     /// The parts of the file contradict each other.
     #[error("{path}: {message}")]
     Inconsistent {

@@ -104,7 +104,7 @@ pub(crate) struct ConfigFile {
     pub(crate) eos_token: Option<TokenName>,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 #[serde(untagged)]
 pub(crate) enum TokenName {
     Plain(String),

@@ -12,6 +12,8 @@
 //! - [`Tokenizer::encode_continuation`] encodes a target so that source and target ids together
 //!   decode to source and target text;
 //! - [`DecodeStream`] never splits a character;
+//! - a [`ChatTemplate`] writes conversations as transformers does, and tells which tokens are the
+//!   assistant's;
 //! - [`Tokenizer::fits`] bounds a length exactly, mostly without encoding;
 //! - no text takes more than `O(n log n)` time to encode, and none can make encoding fail.
 //!
@@ -24,14 +26,18 @@
 //! ```
 
 mod build;
+mod chat;
 mod count;
 mod error;
 mod format;
+mod jinja;
 mod sentencepiece;
+mod spans;
 mod split;
 mod stream;
 mod tokenizer;
 
+pub use chat::{ChatMessage, ChatOptions, ChatTemplate, ChatTokens, ChatTurns, ChatValue};
 pub use error::{Error, Result};
 pub use stream::DecodeStream;
 pub use tokenizer::Tokenizer;

@@ -5,24 +5,29 @@ use tokenizers::decoders::byte_level::ByteLevel;
 use tokenizers::models::bpe::BPE;
 use tokenizers::normalizers::{Replace, Sequence};
 use tokenizers::{
-    AddedVocabulary, Decoder as _, Model as _, OffsetReferential, OffsetType, PreTokenizedString,
-    PreTokenizer,
+    AddedVocabulary, Decoder as _, Encoding, Model as _, OffsetReferential, OffsetType,
+    PreTokenizedString, PreTokenizer,
 };
 
 use crate::build::MARKER;
 use crate::count::{Borders, Memories, Sum};
+use crate::spans::Controls;
 use crate::{Result, build};
 
 /// Why the crate's pipeline cannot fail: it does for parts outside of the text and for an unknown
 /// token that is not in the vocabulary. But parts are what a pattern has found in the text, and
 /// the unknown token is looked up when the file is opened.
-const CHECKED: &str = "the parts were checked when the file was opened";
+pub(crate) const CHECKED: &str = "the parts were checked when the file was opened";
 
 /// A tokenizer of the LLaMA family. It can be shared between threads.
 pub struct Tokenizer {
     pub(crate) model: BPE,
     /// Plain words that the model was given later.
     pub(crate) added: AddedVocabulary,
+    /// Special tokens, for the one kind of text that may spell them: what a chat template writes.
+    pub(crate) controls: Controls,
+    /// The space that the file puts before a text comes behind each special token, too.
+    pub(crate) prefixes_each_part: bool,
     pub(crate) at_start: Pipeline,
     /// For a text that follows another: without the space that some files put before a text.
     pub(crate) continuation: Pipeline,
@@ -206,15 +211,20 @@ impl Tokenizer {
     }
 
     fn ids(&self, pipeline: &Pipeline, text: &str) -> Vec<u32> {
-        self.encoding(pipeline, text).expect(CHECKED)
+        self.encoding(pipeline, text, OffsetType::None).expect(CHECKED).get_ids().to_vec()
     }
 
     /// As the crate's `Tokenizer` does it. We keep its parts apart because texts go through two
     /// pipelines, and the vocabulary should be in memory once.
-    fn encoding(&self, pipeline: &Pipeline, text: &str) -> tokenizers::Result<Vec<u32>> {
+    pub(crate) fn encoding(
+        &self,
+        pipeline: &Pipeline,
+        text: &str,
+        offsets: OffsetType,
+    ) -> tokenizers::Result<Encoding> {
         let mut parts = self.parts(pipeline, text)?;
         parts.tokenize(|part| self.merge(part.get()))?;
-        Ok(parts.into_encoding(None, 0, OffsetType::None)?.get_ids().to_vec())
+        parts.into_encoding(None, 0, offsets)
     }
 
     fn parts(&self, pipeline: &Pipeline, text: &str) -> tokenizers::Result<PreTokenizedString> {
