@@ -176,8 +176,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 fn example(example_id: usize, input_ids: Vec<u32>, learn_from: usize) -> Example {
-    let example_id = example_id as u64;
-    Example { example_id, input_ids, learn_from, truncated_left: 0, truncated_right: 0 }
+    Example::learned_from(example_id as u64, input_ids, learn_from)
 }
 
 fn read_rows(path: &Path) -> Result<Vec<Example>> {

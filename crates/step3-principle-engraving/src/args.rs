@@ -5,13 +5,13 @@ use std::path::PathBuf;
 use dromedary_command::{ByteSize, boolean};
 use serde::{Deserialize, Serialize};
 
-use crate::{activations::ActivationsMode, schedule::ScheduleType};
+use crate::{activations::ActivationsMode, formats::DatasetFormat, schedule::ScheduleType};
 
 /// Fine-tune the base model on the aligned answers, with the principles pruned away.
 ///
 /// Reads the rows that step 2 merged (a JSON array or JSONL of instruction, input, output and
 /// example_id), puts a short system prompt before each in place of the principles, and trains LoRA
-/// adapters on all linear layers except the head. Writes checkpoints and `adapter/` in PEFT's format
+/// adapters on all linear layers except the head. Rows of other formats are read as --dataset-format says. Writes checkpoints and `adapter/` in PEFT's format
 /// under --output-dir; run it again after an interruption and it goes on from the last checkpoint.
 #[derive(Clone, Debug, Default, clap::Args, Serialize, Deserialize)]
 #[serde(default)]
@@ -25,10 +25,21 @@ pub struct TrainArgs {
     /// Rows to train on: JSON array or JSONL, also .gz and .zst.
     #[arg(long, value_name = "FILE")]
     pub dataset: Option<PathBuf>,
-    /// Form of the rows [default: dromedary].
+    /// Form of the rows [default: by the fields of the first].
     #[arg(long, value_name = "NAME")]
     pub dataset_format: Option<DatasetFormat>,
-    /// Glob of the short system prompts, one of which each row gets by its example_id; a row with a
+    /// What is learned of a conversation (oasst1, hh-rlhf, sharegpt, chat) [default: assistant].
+    #[arg(long, value_name = "TURNS")]
+    pub learned_turns: Option<LearnedTurns>,
+    /// Jinja template of sharegpt and chat rows, or a tokenizer_config.json with one [default: the
+    /// tokenizer's].
+    #[arg(long, value_name = "FILE")]
+    pub chat_template: Option<PathBuf>,
+    /// Day that strftime_now of a chat template tells, as 2024-07-26 [default: it is not defined, so that
+    /// rows do not depend on the day].
+    #[arg(long, value_name = "DATE")]
+    pub chat_date: Option<String>,
+    /// Glob of the short system prompts, one of which each dromedary row gets by its example_id; a row with a
     /// meta_prompt of its own keeps it.
     #[arg(long, value_name = "GLOB")]
     pub meta_prompt_pattern: Option<String>,
@@ -47,7 +58,9 @@ pub struct TrainArgs {
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
     pub break_lock: Option<bool>,
 
-    /// Tokens of a source; longer ones lose their beginning [default: 1024].
+    /// Tokens of a source; longer ones lose their beginning. A conversation may have as many as source and
+    /// target together, and loses its end; with --learned-turns last, all before that turn is the source
+    /// [default: 1024].
     #[arg(long, value_name = "TOKENS")]
     pub source_max_len: Option<usize>,
     /// Tokens of a target; longer ones lose their end [default: 256].
@@ -59,7 +72,7 @@ pub struct TrainArgs {
     /// Learn the source's tokens too [default: false].
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
     pub train_on_source: Option<bool>,
-    /// End each complete target with EOS [default: true].
+    /// End each complete target with EOS; a chat template ends its turns itself [default: true].
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
     pub add_eos_to_target: Option<bool>,
     /// Leave rows out that have no target token, instead of refusing them [default: false].
@@ -232,12 +245,17 @@ pub struct IgnoredTrainArgs {
     pub ddp_find_unused_parameters: Option<String>,
 }
 
-/// Form of the rows of a data set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+/// Which turns of a conversation are learned.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
-pub enum DatasetFormat {
-    /// Rows of step 2, in the form of `prompts/dromedary_*_prompt_distill.txt`.
-    Dromedary,
+pub enum LearnedTurns {
+    /// Each of the assistant's turns, with what ends it.
+    #[default]
+    Assistant,
+    /// The last of the assistant's turns.
+    Last,
+    /// All turns, and what stands between them.
+    All,
 }
 
 /// When the held-out loss is computed.

@@ -3,9 +3,11 @@
 //! Legend: `T` tokens of all rows of a micro-batch, one row behind the other; `N` positions whose
 //! next token is learned.
 
+use std::ops::Range;
+
 use dromedary_tokenizer::Tokenizer;
 
-use crate::dataset::SourceTarget;
+use crate::{args::LearnedTurns, dataset::SourceTarget};
 
 /// How rows are cut and which tokens are learned.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +20,15 @@ pub struct CollateConfig {
     pub train_on_source: bool,
     /// End a target that was not truncated with EOS.
     pub add_eos_to_target: bool,
+    /// Which turns of a conversation are learned.
+    pub learned_turns: LearnedTurns,
+}
+
+impl CollateConfig {
+    /// Tokens of a conversation whose turns are learned wherever they stand; longer ones lose their end.
+    pub fn conversation_max_len(&self) -> usize {
+        self.source_max_len + self.target_max_len
+    }
 }
 
 /// One row as tokens.
@@ -25,21 +36,48 @@ pub struct CollateConfig {
 pub struct Example {
     /// The row's id.
     pub example_id: u64,
-    /// Source and target.
+    /// What is read, and what is learned.
     pub input_ids: Vec<u32>,
-    /// Position of the first token that is learned; all behind it are learned too.
-    pub learn_from: usize,
-    /// Source tokens that were cut on the left.
+    /// Positions of the learned tokens: stretches in ascending order that do not touch. Position 0 is in
+    /// none of them: a row's first token has no predecessor to be predicted from.
+    pub learned: Vec<Range<usize>>,
+    /// Tokens that were cut on the left.
     pub truncated_left: usize,
-    /// Target tokens that were cut on the right.
+    /// Tokens that were cut on the right.
     pub truncated_right: usize,
 }
 
 impl Example {
-    /// Number of tokens that are learned. The first token of a row has no predecessor to be
-    /// predicted from, so it never counts.
+    /// A row of which nothing was cut off. `learned` may be in ascending order only roughly: stretches are
+    /// clipped to the row, and joined where they touch.
+    pub fn new(
+        example_id: u64,
+        input_ids: Vec<u32>,
+        learned: impl IntoIterator<Item = Range<usize>>,
+    ) -> Self {
+        let clipped = |range: Range<usize>| range.start.max(1)..range.end.min(input_ids.len());
+        let mut ranges: Vec<_> =
+            learned.into_iter().map(clipped).filter(|range| !range.is_empty()).collect();
+        ranges.sort_by_key(|range| range.start);
+        let mut learned: Vec<Range<usize>> = Vec::new();
+        for range in ranges {
+            match learned.last_mut() {
+                Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+                _ => learned.push(range),
+            }
+        }
+        Self { example_id, input_ids, learned, truncated_left: 0, truncated_right: 0 }
+    }
+
+    /// A row whose tokens are all learned from position `learn_from` on, and of which nothing was cut off.
+    pub fn learned_from(example_id: u64, input_ids: Vec<u32>, learn_from: usize) -> Self {
+        let learned = learn_from..input_ids.len();
+        Self::new(example_id, input_ids, [learned])
+    }
+
+    /// Number of tokens that are learned.
     pub fn num_targets(&self) -> usize {
-        self.input_ids.len() - self.learn_from.max(1)
+        self.learned.iter().map(ExactSizeIterator::len).sum()
     }
 }
 
@@ -48,13 +86,30 @@ impl Example {
 /// BOS stays in front where the source is cut. Dromedary cut it off together with the oldest
 /// tokens (`finetune_qlora.py`, left truncation of a text that holds the BOS string).
 pub fn encode(row: &SourceTarget, tokenizer: &Tokenizer, config: &CollateConfig) -> Example {
-    Sides::encode(row, tokenizer, config).joined(row.example_id, config)
+    Sides::encode(row, tokenizer, config).encoded(row.example_id, usize::MAX, false, config).example
+}
+
+/// A row as tokens, and what an audit wants to know of it.
+pub(crate) struct Encoded {
+    pub(crate) example: Example,
+    pub(crate) lengths: Lengths,
+    /// A model that learned this row would end its answer where the row's last one ends.
+    pub(crate) ends_in_stop_mark: bool,
+}
+
+/// How the tokens of a row are limited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lengths {
+    /// So many of the source and so many of the target, each with a limit of its own.
+    Sides([usize; 2]),
+    /// All together.
+    Conversation,
 }
 
 /// The two sides of a row as tokens, cut to their lengths.
 pub(crate) struct Sides {
-    pub(crate) source: Vec<u32>,
-    pub(crate) target: Vec<u32>,
+    source: Vec<u32>,
+    target: Vec<u32>,
     truncated_left: usize,
     truncated_right: usize,
 }
@@ -65,28 +120,53 @@ impl Sides {
         tokenizer: &Tokenizer,
         config: &CollateConfig,
     ) -> Self {
-        let mut source = tokenizer.encode_with_bos(&row.source);
-        let num_bos = usize::from(tokenizer.adds_bos());
+        let source = tokenizer.encode_with_bos(&row.source);
+        let target = tokenizer.encode_continuation(&row.source, &row.target);
+        let eos = tokenizer.eos_id().filter(|_| config.add_eos_to_target);
+        Self::cut(source, target, eos, tokenizer, config)
+    }
+
+    /// Cuts a source on the left and a target on the right; `eos` follows a target that is whole.
+    pub(crate) fn cut(
+        mut source: Vec<u32>,
+        mut target: Vec<u32>,
+        eos: Option<u32>,
+        tokenizer: &Tokenizer,
+        config: &CollateConfig,
+    ) -> Self {
+        let has_bos = tokenizer.adds_bos() && source.first().copied() == tokenizer.bos_id();
+        let num_bos = usize::from(has_bos);
         // BOS stays, however little room there is.
         let truncated_left =
             source.len().saturating_sub(config.source_max_len).min(source.len() - num_bos);
         source.drain(num_bos..num_bos + truncated_left);
 
-        let mut target = tokenizer.encode_continuation(&row.source, &row.target);
         let truncated_right = target.len().saturating_sub(config.target_max_len);
         target.truncate(config.target_max_len);
-        if config.add_eos_to_target && truncated_right == 0 {
-            target.extend(tokenizer.eos_id());
+        if truncated_right == 0 {
+            target.extend(eos);
         }
         Self { source, target, truncated_left, truncated_right }
     }
 
-    pub(crate) fn joined(self, example_id: u64, config: &CollateConfig) -> Example {
+    /// The row, of whose target up to `num_learned` tokens are learned; `ends` tells whether a stop mark is at
+    /// the end of the whole target.
+    pub(crate) fn encoded(
+        self,
+        example_id: u64,
+        num_learned: usize,
+        ends: bool,
+        config: &CollateConfig,
+    ) -> Encoded {
         let Self { source, mut target, truncated_left, truncated_right } = self;
+        let lengths = Lengths::Sides([source.len(), target.len()]);
         let learn_from = if config.train_on_source { 0 } else { source.len() };
+        let learned = learn_from..source.len().saturating_add(num_learned);
         let mut input_ids = source;
         input_ids.append(&mut target);
-        Example { example_id, input_ids, learn_from, truncated_left, truncated_right }
+        let example = Example::new(example_id, input_ids, [learned]);
+        let example = Example { truncated_left, truncated_right, ..example };
+        Encoded { example, lengths, ends_in_stop_mark: ends && truncated_right == 0 }
     }
 }
 
@@ -123,7 +203,7 @@ impl MicroBatch {
 
     fn push(&mut self, example: &Example) {
         let start = self.input_ids.len() as i64;
-        for position in example.learn_from.max(1)..example.input_ids.len() {
+        for position in example.learned.iter().cloned().flatten() {
             self.predict_at.push(start + position as i64 - 1);
             self.targets.push(i64::from(example.input_ids[position]));
         }
@@ -153,8 +233,11 @@ mod tests {
     use super::*;
 
     fn example(example_id: u64, input_ids: &[u32], learn_from: usize) -> Example {
-        let input_ids = input_ids.to_vec();
-        Example { example_id, input_ids, learn_from, truncated_left: 0, truncated_right: 0 }
+        Example::learned_from(example_id, input_ids.to_vec(), learn_from)
+    }
+
+    fn learn_from(example: &Example) -> usize {
+        example.learned[0].start
     }
 
     #[test]
@@ -169,6 +252,20 @@ mod tests {
         assert_eq!(batch.example_ids, [7, 9]);
     }
 
+    #[test]
+    fn stretches_are_learned_where_they_lie_and_nowhere_else() {
+        let rows = [
+            Example::new(1, vec![1, 10, 11, 12, 13, 14, 15], [0..2, 3..4, 6..9]),
+            Example::new(2, vec![1, 20, 21, 22], [3..4, 1..2, 1..3]),
+        ];
+        assert_eq!(rows[0].learned, [1..2, 3..4, 6..7]);
+        assert_eq!(rows[1].learned, [1..4]);
+        let batch = MicroBatch::new(&rows);
+        assert_eq!(batch.predict_at, [0, 2, 5, 7, 8, 9]);
+        assert_eq!(batch.targets, [10, 12, 15, 20, 21, 22]);
+        assert_eq!(batch.num_targets(), rows.iter().map(Example::num_targets).sum::<usize>());
+    }
+
     fn tokenizer() -> Tokenizer {
         let stories = "../llama/tests/data/stories260k";
         Tokenizer::open(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(stories)).unwrap()
@@ -180,6 +277,7 @@ mod tests {
             target_max_len: 64,
             train_on_source: false,
             add_eos_to_target: false,
+            learned_turns: LearnedTurns::Assistant,
         }
     }
 
@@ -192,7 +290,7 @@ mod tests {
     fn source_and_target_decode_to_their_texts_and_the_target_is_learned() {
         let (tokenizer, row) = (tokenizer(), row());
         let example = encode(&row, &tokenizer, &config());
-        let (read, learned) = example.input_ids.split_at(example.learn_from);
+        let (read, learned) = example.input_ids.split_at(learn_from(&example));
         assert_eq!(tokenizer.decode(read), row.source);
         assert_eq!(tokenizer.decode_continuation(learned), row.target);
         assert_eq!(read[0], tokenizer.bos_id().unwrap());
@@ -206,11 +304,11 @@ mod tests {
         let with_eos = CollateConfig { add_eos_to_target: true, ..config() };
         let ended = encode(&row, &tokenizer, &with_eos);
         let expected = [&plain.input_ids[..], &[tokenizer.eos_id().unwrap()]].concat();
-        assert_eq!((&ended.input_ids, ended.learn_from), (&expected, plain.learn_from));
+        assert_eq!((&ended.input_ids, learn_from(&ended)), (&expected, learn_from(&plain)));
         assert_eq!(ended.num_targets(), plain.num_targets() + 1);
 
         let cut = encode(&row, &tokenizer, &CollateConfig { target_max_len: 5, ..with_eos });
-        assert_eq!(cut.input_ids, plain.input_ids[..plain.learn_from + 5]);
+        assert_eq!(cut.input_ids, plain.input_ids[..learn_from(&plain) + 5]);
         assert_eq!(cut.truncated_right, plain.num_targets() - 5);
     }
 
@@ -230,12 +328,12 @@ mod tests {
     fn a_long_source_loses_its_beginning_and_keeps_bos() {
         let (tokenizer, row) = (tokenizer(), row());
         let whole = encode(&row, &tokenizer, &config());
-        let (source, target) = whole.input_ids.split_at(whole.learn_from);
+        let (source, target) = whole.input_ids.split_at(learn_from(&whole));
         for source_max_len in [1, 2, 7] {
             let cut = encode(&row, &tokenizer, &CollateConfig { source_max_len, ..config() });
             let kept = &source[source.len() - (source_max_len - 1)..];
             assert_eq!(cut.input_ids, [&source[..1], kept, target].concat());
-            assert_eq!(cut.learn_from, source_max_len);
+            assert_eq!(learn_from(&cut), source_max_len);
             assert_eq!(cut.truncated_left, source.len() - source_max_len);
         }
     }

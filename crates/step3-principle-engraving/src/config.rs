@@ -7,10 +7,11 @@ use std::{
 
 use dromedary_command::{Error as CommandError, required};
 use dromedary_llama::{AdapterFile, LoraConfig};
+use dromedary_tokenizer::ChatOptions;
 
 use crate::{
     activations::ActivationsMode,
-    args::{DatasetFormat, EvaluationStrategy, ReportTo, TrainArgs},
+    args::{EvaluationStrategy, ReportTo, TrainArgs},
     batches::BatchConfig,
     collate::CollateConfig,
     dataset::DataConfig,
@@ -101,7 +102,6 @@ impl TrainArgs {
             };
         }
         default!(
-            dataset_format = DatasetFormat::Dromedary,
             break_lock = false,
             source_max_len = 1024,
             target_max_len = 256,
@@ -246,12 +246,18 @@ impl TryFrom<&TrainArgs> for DataConfig {
             dataset: required(args.dataset.clone(), "dataset")?,
             max_train_samples: args.max_train_samples,
             drop_empty: required(args.drop_empty, "drop-empty")?,
+            format: args.dataset_format,
             meta_prompt_pattern: args.meta_prompt_pattern.clone(),
+            chat: ChatOptions {
+                template: args.chat_template.clone(),
+                date: args.chat_date.clone(),
+            },
             collate: CollateConfig {
                 source_max_len: positive(args.source_max_len, "source-max-len")?,
                 target_max_len: positive(args.target_max_len, "target-max-len")?,
                 train_on_source: required(args.train_on_source, "train-on-source")?,
                 add_eos_to_target: required(args.add_eos_to_target, "add-eos-to-target")?,
+                learned_turns: args.learned_turns.unwrap_or_default(),
             },
         })
     }

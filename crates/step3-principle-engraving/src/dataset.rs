@@ -1,21 +1,28 @@
 //! Training rows as text, which words the model reads and which it learns, and as tokens.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    io::Read,
+    path::{Path, PathBuf},
+};
 
-use dromedary_records::TrainingRow;
-use dromedary_tokenizer::Tokenizer;
+use dromedary_records::{RawRow, TrainingRow};
+use dromedary_tokenizer::{ChatOptions, ChatTemplate, Tokenizer};
 use rayon::prelude::*;
 
 use crate::{
+    args::LearnedTurns,
     audit::Audit,
-    collate::{CollateConfig, Example, Sides},
+    collate::{CollateConfig, Encoded, Example, Sides},
+    conversation::Conversation,
     error::{Error, Result},
+    formats::{DatasetFormat, Row, RowText},
 };
 
 /// The turn mark under which the model answers.
 const ANSWER_MARK: &str = "### Dromedary";
-/// The turn mark that ends a complete answer.
-const NEXT_TURN: &str = "### User";
+/// The first bytes of a parquet file.
+const PARQUET: &[u8] = b"PAR1";
 
 /// How the rows of a data set become tokens.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,8 +35,12 @@ pub struct DataConfig {
     pub max_train_samples: Option<usize>,
     /// Leave rows without a target token out instead of refusing them.
     pub drop_empty: bool,
-    /// Glob of the short system prompts; rows may bring their own.
+    /// Form of the rows, where it is given; the fields of the first row tell it otherwise.
+    pub format: Option<DatasetFormat>,
+    /// Glob of the short system prompts of dromedary rows, which may bring their own.
     pub meta_prompt_pattern: Option<String>,
+    /// What writes sharegpt and chat rows.
+    pub chat: ChatOptions,
     /// Truncation and labels.
     pub collate: CollateConfig,
 }
@@ -49,41 +60,34 @@ impl Dataset {
     /// looked at.
     ///
     /// # Errors
-    /// If the file or the meta prompts cannot be read, a row is malformed or has no meta prompt.
+    /// If the file, the meta prompts or the chat template cannot be read, a row is malformed or not of its format,
+    /// has no meta prompt, or is refused by the template.
     pub fn read(
         path: &Path,
         limit: Option<usize>,
         config: &DataConfig,
         tokenizer: &Tokenizer,
     ) -> Result<Self> {
-        let meta_prompts = match &config.meta_prompt_pattern {
-            Some(pattern) => MetaPrompts::open(pattern)?,
-            None => MetaPrompts::default(),
+        let rows = read_raw_rows(path, limit)?;
+        let reader = Reader::new(path, &rows[0], config, tokenizer)?;
+        let read = |(index, raw): (usize, &RawRow)| {
+            let row = reader.row(raw, index + 1)?;
+            Ok((row.example_id, reader.encode(&row, index + 1)?, row.meta_prompt))
         };
-        let rows = read_rows(path, limit)?;
-        let encode = |(index, row): (usize, &TrainingRow)| {
-            let text =
-                meta_prompts.source_target(row).ok_or_else(|| Error::NoMetaPromptForRow {
-                    path: path.to_owned(),
-                    row: index + 1,
-                    example_id: row.example_id,
-                })?;
-            Ok(Sides::encode(&text, tokenizer, &config.collate))
-        };
-        let sides = rows.par_iter().enumerate().map(encode).collect::<Result<Vec<_>>>()?;
+        // All of them, so that the error is that of the first bad row, whichever is found first.
+        let encoded: Vec<Result<_>> = rows.par_iter().enumerate().map(read).collect();
 
         let mut examples = Vec::with_capacity(rows.len());
-        let mut audit = Audit::new(&config.collate);
-        for (index, (row, sides)) in rows.iter().zip(sides).enumerate() {
-            let lengths = [sides.source.len(), sides.target.len()];
-            let example = sides.joined(row.example_id, &config.collate);
-            if row.output.trim().is_empty() || example.num_targets() == 0 {
-                audit.add_without_target(index + 1, row.example_id);
-                continue;
+        let mut audit = Audit::new(reader.format, &config.collate);
+        for (index, row) in encoded.into_iter().enumerate() {
+            let (example_id, encoded, meta_prompt) = row?;
+            match encoded {
+                Some(encoded) => {
+                    audit.add(&encoded, meta_prompt);
+                    examples.push(encoded.example);
+                }
+                None => audit.add_without_target(index + 1, example_id),
             }
-            let ends = ends_in_stop_mark(row, &example, tokenizer, &config.collate);
-            audit.add(&example, lengths, ends, meta_prompts.name_for(row));
-            examples.push(example);
         }
         Ok(Self { examples, audit, path: path.to_owned() })
     }
@@ -106,15 +110,96 @@ impl Dataset {
     }
 }
 
-/// Whether a model that learned this target would end its answer there.
-fn ends_in_stop_mark(
-    row: &TrainingRow,
-    example: &Example,
-    tokenizer: &Tokenizer,
-    config: &CollateConfig,
-) -> bool {
-    let ends_in_eos = config.add_eos_to_target && tokenizer.eos_id().is_some();
-    example.truncated_right == 0 && (ends_in_eos || row.output.trim_end().ends_with(NEXT_TURN))
+/// What turns the rows of one file into tokens.
+struct Reader<'a> {
+    path: &'a Path,
+    format: DatasetFormat,
+    meta_prompts: MetaPrompts,
+    template: Option<ChatTemplate<'a>>,
+    tokenizer: &'a Tokenizer,
+    collate: &'a CollateConfig,
+}
+
+impl<'a> Reader<'a> {
+    /// For a file that begins with the row `first`.
+    fn new(
+        path: &'a Path,
+        first: &RawRow,
+        config: &'a DataConfig,
+        tokenizer: &'a Tokenizer,
+    ) -> Result<Self> {
+        let format = match config.format {
+            Some(format) => format,
+            None => DatasetFormat::of_first_row(path, first)?,
+        };
+        check_settings(format, config)?;
+        let meta_prompts = match &config.meta_prompt_pattern {
+            Some(pattern) => MetaPrompts::open(pattern)?,
+            None => MetaPrompts::default(),
+        };
+        let template = match format.has_chat_template() {
+            true => Some(ChatTemplate::open(tokenizer, &config.tokenizer, &config.chat)?),
+            false => None,
+        };
+        let collate = &config.collate;
+        Ok(Self { path, format, meta_prompts, template, tokenizer, collate })
+    }
+
+    fn row(&self, raw: &RawRow, number: usize) -> Result<Row> {
+        self.format.row(self.path, raw, number, &self.meta_prompts)
+    }
+
+    /// The row as tokens; `None` where nothing is left to be learned.
+    fn encode(&self, row: &Row, number: usize) -> Result<Option<Encoded>> {
+        let Self { tokenizer, collate, .. } = *self;
+        let conversation = match &row.text {
+            RowText::Pair(pair) => return Ok(self.encode_pair(pair)),
+            RowText::Transcript(transcript) => {
+                Conversation::of_transcript(transcript, tokenizer, collate)
+            }
+            RowText::Chat { messages, tools } => {
+                let Some(template) = &self.template else { return Ok(None) };
+                let tools = tools.as_ref();
+                Conversation::of_chat(messages, tools, template, tokenizer, collate).map_err(
+                    |source| Error::Refused { path: self.path.to_owned(), row: number, source },
+                )?
+            }
+        };
+        let encoded = conversation.encoded(row.example_id, tokenizer, collate);
+        Ok((encoded.example.num_targets() > 0).then_some(encoded))
+    }
+
+    fn encode_pair(&self, pair: &SourceTarget) -> Option<Encoded> {
+        let Self { tokenizer, collate, .. } = *self;
+        let target = pair.target.trim_end();
+        let ends = (collate.add_eos_to_target && tokenizer.eos_id().is_some())
+            || self.format.stop_mark().is_some_and(|mark| target.ends_with(mark));
+        let sides = Sides::encode(pair, tokenizer, collate);
+        let encoded = sides.encoded(pair.example_id, usize::MAX, ends, collate);
+        (!target.is_empty() && encoded.example.num_targets() > 0).then_some(encoded)
+    }
+}
+
+/// Refuses settings that rows of this format have no use for.
+fn check_settings(format: DatasetFormat, config: &DataConfig) -> Result<()> {
+    let is_chat = format.has_chat_template();
+    let chosen = config.collate.learned_turns != LearnedTurns::default();
+    let useless = [
+        (
+            "--meta-prompt-pattern",
+            config.meta_prompt_pattern.is_some() && format != DatasetFormat::Dromedary,
+        ),
+        ("--learned-turns", chosen && !format.is_conversation()),
+        ("--chat-template", config.chat.template.is_some() && !is_chat),
+        ("--chat-date", config.chat.date.is_some() && !is_chat),
+    ];
+    match useless.into_iter().find(|(_, is_useless)| *is_useless) {
+        Some((setting, _)) => Err(Error::Setting {
+            setting,
+            message: format!("rows of the format {format} have no use for it"),
+        }),
+        None => Ok(()),
+    }
 }
 
 /// One row as text: `source` is read, `target` is learned.
@@ -122,9 +207,9 @@ fn ends_in_stop_mark(
 pub struct SourceTarget {
     /// The row's id, from 1.
     pub example_id: u64,
-    /// Meta prompt, instruction, input and the answer's turn mark.
+    /// What is read: of a dromedary row meta prompt, instruction, input and the answer's turn mark.
     pub source: String,
-    /// A newline and the answer.
+    /// What is learned: of a dromedary row a newline and the answer.
     pub target: String,
 }
 
@@ -182,7 +267,7 @@ impl MetaPrompts {
     }
 
     /// Name of the meta prompt that a row reads, for people.
-    fn name_for(&self, row: &TrainingRow) -> String {
+    pub(crate) fn name_for(&self, row: &TrainingRow) -> String {
         match (&row.meta_prompt, self.index_for(row.example_id)) {
             (None, Some(index)) => self.paths[index].display().to_string(),
             _ => "the row's own".to_owned(),
@@ -194,13 +279,14 @@ fn read_text(path: &Path) -> Result<String> {
     std::fs::read_to_string(path).map_err(|source| Error::Io { path: path.to_owned(), source })
 }
 
-/// Reads the rows of a data set (JSON array or JSONL, also compressed), `limit` at most.
-///
-/// # Errors
-/// If the file cannot be read, a row is malformed (the row is named), or there is none.
-pub fn read_rows(path: &Path, limit: Option<usize>) -> Result<Vec<TrainingRow>> {
+/// The rows of a file (JSON array or JSONL, also compressed) before they are parsed, `limit` at most and one
+/// at least.
+fn read_raw_rows(path: &Path, limit: Option<usize>) -> Result<Vec<RawRow>> {
     let dataset = |source| Error::Dataset { path: path.to_owned(), source };
-    let rows = dromedary_records::read_rows::<TrainingRow>(path)
+    if is_parquet(path) {
+        return Err(Error::Parquet { path: path.to_owned() });
+    }
+    let rows = dromedary_records::read_raw_rows(path)
         .map_err(dataset)?
         .take(limit.unwrap_or(usize::MAX))
         .collect::<std::result::Result<Vec<_>, _>>()
@@ -209,6 +295,11 @@ pub fn read_rows(path: &Path, limit: Option<usize>) -> Result<Vec<TrainingRow>> 
         return Err(Error::EmptyDataset { path: path.to_owned() });
     }
     Ok(rows)
+}
+
+fn is_parquet(path: &Path) -> bool {
+    let mut magic = [0; PARQUET.len()];
+    File::open(path).is_ok_and(|mut file| file.read_exact(&mut magic).is_ok()) && magic == PARQUET
 }
 
 #[cfg(test)]

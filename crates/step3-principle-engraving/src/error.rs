@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::formats::DatasetFormat;
+
 /// `Result` with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -45,6 +47,47 @@ pub enum Error {
         row: usize,
         /// The row's own id.
         example_id: u64,
+    },
+    /// The fields of a file's first row are those of no format.
+    #[error(
+        "data set {path}: the first row's fields ({fields}) are those of no format; --dataset-format names one"
+    )]
+    UnknownFormat {
+        /// The file.
+        path: PathBuf,
+        /// The fields that were found.
+        fields: String,
+    },
+    /// A row is not of the format of its data set.
+    #[error("data set {path}: row {row} is no {format} row: {problem}")]
+    BadRow {
+        /// The file.
+        path: PathBuf,
+        /// The row's number in the file, from 1.
+        row: usize,
+        /// What it should be.
+        format: DatasetFormat,
+        /// Why it is not, with the fields that it has.
+        problem: String,
+    },
+    /// A chat template cannot write a conversation.
+    #[error("data set {path}: row {row}: {source}")]
+    Refused {
+        /// The file.
+        path: PathBuf,
+        /// The row's number in the file, from 1.
+        row: usize,
+        /// What the template says.
+        source: dromedary_tokenizer::Error,
+    },
+    /// A data set is stored in columns.
+    #[error(
+        "data set {path} is parquet; rows are read from a JSON array or JSONL, which \
+         pandas.read_parquet(..).to_json(.., orient=\"records\", lines=True) writes"
+    )]
+    Parquet {
+        /// The file.
+        path: PathBuf,
     },
     /// A row brings no meta prompt, and there are no files of them.
     #[error(

@@ -156,15 +156,7 @@ mod tests {
     use super::*;
 
     fn examples(count: u64) -> Vec<Example> {
-        (1..=count)
-            .map(|example_id| Example {
-                example_id,
-                input_ids: vec![1, 2, 3],
-                learn_from: 1,
-                truncated_left: 0,
-                truncated_right: 0,
-            })
-            .collect()
+        (1..=count).map(|example_id| Example::learned_from(example_id, vec![1, 2, 3], 1)).collect()
     }
 
     fn ids(examples: &[Example]) -> Vec<u64> {

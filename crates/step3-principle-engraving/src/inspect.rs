@@ -73,17 +73,19 @@ impl<'a> Inspection<'a> {
         if *truncated_left > 0 {
             writeln!(f, "{}", self.mark(&format!("{truncated_left} tokens cut off")))?;
         }
-        // The first token has nothing before it that it could be learned from.
-        let (read, learned) = input_ids.split_at(example.learn_from.max(1));
-        write!(f, "{}", self.spelled(read, None, true))?;
-        if !self.color {
-            write!(f, ">>>")?;
+        let mut done = 0;
+        for learned in &example.learned {
+            write!(f, "{}", self.spelled(&input_ids[done..learned.start], None, done == 0))?;
+            if !self.color {
+                write!(f, ">>>")?;
+            }
+            write!(f, "{}", self.spelled(&input_ids[learned.clone()], Some(LEARNED), false))?;
+            if !self.color {
+                write!(f, "<<<")?;
+            }
+            done = learned.end;
         }
-        write!(f, "{}", self.spelled(learned, Some(LEARNED), false))?;
-        if !self.color {
-            write!(f, "<<<")?;
-        }
-        writeln!(f)?;
+        writeln!(f, "{}", self.spelled(&input_ids[done..], None, done == 0))?;
         if *truncated_right > 0 {
             writeln!(f, "{}", self.mark(&format!("{truncated_right} tokens cut off")))?;
         }
@@ -143,7 +145,7 @@ impl fmt::Display for Inspection<'_> {
 }
 
 fn write_counts(f: &mut fmt::Formatter<'_>, audit: &Audit) -> fmt::Result {
-    writeln!(f, "rows              {:>10}", audit.rows)?;
+    writeln!(f, "rows              {:>10}  {}", audit.rows, audit.format)?;
     let empty = audit.without_target.len();
     write!(f, "  without target  {empty:>10}")?;
     for (index, (row, example_id)) in audit.without_target.iter().take(NAMED).enumerate() {
@@ -154,10 +156,19 @@ fn write_counts(f: &mut fmt::Formatter<'_>, audit: &Audit) -> fmt::Result {
         writeln!(f, "  meta prompt     {count:>10}  {name}")?;
     }
     writeln!(f, "tokens            {:>10}", audit.tokens())?;
-    write_side(f, "source", "left", &audit.source)?;
-    write_side(f, "target", "right", &audit.target)?;
+    if audit.has_conversations() {
+        write_side(f, "conversation", "right", &audit.conversation)?;
+    } else {
+        write_side(f, "source", "left", &audit.source)?;
+        write_side(f, "target", "right", &audit.target)?;
+    }
     let share = percent(audit.learned_tokens, audit.tokens());
-    writeln!(f, "  learned         {:>10}  {share:.1} % of all", audit.learned_tokens)?;
+    let Audit { learned_tokens, stretches, .. } = audit;
+    write!(f, "  learned         {learned_tokens:>10}  {share:.1} % of all")?;
+    if audit.has_conversations() {
+        write!(f, ", in {stretches} stretches")?;
+    }
+    writeln!(f)?;
     writeln!(
         f,
         "stop marks        {:>10}  {:.1} % of the targets end in one",

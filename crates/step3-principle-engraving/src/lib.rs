@@ -6,8 +6,8 @@
 //! [`train`] is a whole run as [`TrainConfig`] describes it. Its heart is the [`Trainer`], which is
 //! responsible for one optimizer step: it lays rows one behind the other ([`MicroBatch`]), passes
 //! them through the layers one [`HalfBlock`] at a time, and back, and lets [`FlatAdamW`] update the
-//! LoRA matrices. A [`Dataset`] is rows as tokens, each put into the form of [`MetaPrompts`] and cut by
-//! [`encode`]; an [`Inspection`] shows it to people. A run that was
+//! LoRA matrices. A [`Dataset`] is rows as tokens, read in one of the forms of [`DatasetFormat`]: dromedary
+//! rows get one of the [`MetaPrompts`] and are cut by [`encode`]; an [`Inspection`] shows it to people. A run that was
 //! interrupted goes on from its last checkpoint.
 //!
 //! ```no_run
@@ -36,9 +36,11 @@ mod batches;
 mod checkpoint;
 mod collate;
 mod config;
+mod conversation;
 mod curves;
 mod dataset;
 mod error;
+mod formats;
 mod half_block;
 mod held_out;
 mod inspect;
@@ -54,15 +56,17 @@ mod schedule;
 mod tensorboard;
 mod trained;
 mod trainer;
+mod transcript;
 
 pub use activations::ActivationsMode;
-pub use args::{DatasetFormat, EvaluationStrategy, IgnoredTrainArgs, ReportTo, TrainArgs};
+pub use args::{EvaluationStrategy, IgnoredTrainArgs, LearnedTurns, ReportTo, TrainArgs};
 pub use audit::{Audit, Side};
 pub use batches::{BatchConfig, Batches};
 pub use collate::{CollateConfig, Example, MicroBatch, encode};
 pub use config::{Resume, TrainConfig};
-pub use dataset::{DataConfig, Dataset, MetaPrompts, SourceTarget, read_rows};
+pub use dataset::{DataConfig, Dataset, MetaPrompts, SourceTarget};
 pub use error::{Error, Result};
+pub use formats::DatasetFormat;
 pub use half_block::{Half, HalfBlock, Keep, Saved};
 pub use held_out::{EvalConfig, EvalEvery, EvalRows, held_out_loss};
 pub use inspect::Inspection;

@@ -12,6 +12,7 @@ use crate::{
     config::TrainConfig,
     dataset::MetaPrompts,
     error::Result,
+    formats::DatasetFormat,
     held_out::EvalRows,
     metrics::{CURVES_FILE, Line},
     schedule::Schedule,
@@ -61,6 +62,7 @@ impl Inputs {
         if let Some(pattern) = &config.data.meta_prompt_pattern {
             paths.extend(MetaPrompts::open(pattern)?.paths);
         }
+        paths.extend(config.data.chat.template.clone());
         let adapter = config.adapter.as_ref().map(|dir| dir.join("adapter_model.safetensors"));
         paths.extend(adapter.clone());
         let entry = |path: &std::path::PathBuf| Ok((path.display().to_string(), hash_file(path)?));
@@ -129,6 +131,10 @@ impl ModelCard<'_> {
             }),
             ("EOS behind targets", data.collate.add_eos_to_target.to_string()),
             ("sources learned", data.collate.train_on_source.to_string()),
+            (
+                "learned of conversations",
+                format!("{:?}", data.collate.learned_turns).to_lowercase(),
+            ),
             ("kind of the base's weights", self.kind.clone()),
             ("seed", self.config.seed.to_string()),
         ]);
@@ -141,12 +147,14 @@ impl ModelCard<'_> {
             |side: &Side| format!("{} rows, {} tokens", side.truncated_rows, side.truncated_tokens);
         let [trained, held_out] = self.rows;
         vec![
+            ("format of the rows", audit.format.to_string()),
             ("rows trained on", trained.to_string()),
             ("rows held out", held_out.to_string()),
             ("rows without a target, left out", audit.without_target.len().to_string()),
             ("tokens", format!("{}, {} of them learned", audit.tokens(), audit.learned_tokens)),
             ("sources cut on the left", cut(&audit.source)),
             ("targets cut on the right", cut(&audit.target)),
+            ("conversations cut on the right", cut(&audit.conversation)),
             ("targets that end in a stop mark", format!("{:.1} %", audit.stop_mark_percent())),
         ]
     }
@@ -198,8 +206,14 @@ impl Display for ModelCard<'_> {
         writeln!(f, "# Principle-engraved {what} of {name}\n")?;
         writeln!(
             f,
-            "The base model was fine-tuned on answers that it gave behind a set of principles, with a \
-             short\nsystem prompt in the principles' place.\n"
+            "{}\n",
+            match self.audit.format {
+                DatasetFormat::Dromedary => {
+                    "The base model was fine-tuned on answers that it gave behind a set of principles, with a \
+                     short\nsystem prompt in the principles' place."
+                }
+                _ => "The base model was fine-tuned on the rows named below.",
+            }
         )?;
         writeln!(f, "## Use\n")?;
         if adapter {
@@ -209,12 +223,16 @@ impl Display for ModelCard<'_> {
             )?;
         }
         writeln!(f, "Prompts have the form that it was trained on:\n")?;
-        writeln!(f, "```text\n{{system prompt}}\n{{question}}\n\n### Dromedary\n```\n")?;
-        let end = match self.config.data.collate.add_eos_to_target {
-            true => "at EOS, or where the model writes `### User`",
-            false => "where the model writes `### User`",
-        };
-        writeln!(f, "An answer ends {end}.\n")?;
+        let format = self.audit.format;
+        writeln!(f, "```text\n{}\n```\n", format.prompt_form())?;
+        let mut ends = Vec::new();
+        if self.config.data.collate.add_eos_to_target || format.has_chat_template() {
+            ends.push("at EOS".to_owned());
+        }
+        ends.extend(format.stop_mark().map(|mark| format!("where the model writes `{mark}`")));
+        if !ends.is_empty() {
+            writeln!(f, "An answer ends {}.\n", ends.join(", or "))?;
+        }
         writeln!(f, "## Results\n\n| | |\n|---|---|\n{}", Table(&self.results()))?;
         writeln!(f, "![loss, gradient norm and learning rate by step]({CURVES_FILE})\n")?;
         writeln!(f, "## Data\n\n| | |\n|---|---|\n{}", Table(&self.data()))?;

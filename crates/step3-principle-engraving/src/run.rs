@@ -256,7 +256,10 @@ fn config_hash(
     );
     hasher.update(settings.as_bytes());
     for example in examples {
-        hasher.update(&(example.learn_from as u64).to_le_bytes());
+        for range in &example.learned {
+            hasher.update(&(range.start as u64).to_le_bytes());
+            hasher.update(&(range.end as u64).to_le_bytes());
+        }
         hasher.update(&(example.input_ids.len() as u64).to_le_bytes());
         for id in &example.input_ids {
             hasher.update(&id.to_le_bytes());

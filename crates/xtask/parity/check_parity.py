@@ -7,7 +7,7 @@
     check_parity.py
         trains, merges and completes with our programs (on the PATH) and compares what they wrote: over stories260k, and
         over the model in the folder DROMEDARY_SMOLLM2; converts and quantises them, and reads the results with PyTorch and
-        bitsandbytes
+        bitsandbytes; trains on conversations through chat templates
 
 Prints a line per check, and exits 1 if one fails. FILE is a JSON array of arrays of token ids. Differences are given as
 shares of the largest logit, or of the largest element of the tensor.
@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
+import check_chat
 import check_results
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -245,6 +246,7 @@ def check_programs(checks):
             compare(checks, name, checkpoint, adapter, merged, rows, TOLERANCE)
             check_completion(checks, f"{name} merged", merged, prompt, 32)
             check_results.check(checks, run, name, checkpoint, pathlib.Path(folder))
+            check_chat.check(checks, run, name, checkpoint, pathlib.Path(folder))
         check_completion(checks, name, checkpoint, prompt, 64)
         for shards in (1, 2) if name == "stories260k" else (1, 3):
             check_meta(checks, name, checkpoint, shards)

@@ -63,13 +63,8 @@ pub(crate) fn examples(tensors: &BTreeMap<String, Tensor>) -> Vec<Example> {
                 |name: &str| Vec::<i64>::try_from(&tensors[&format!("row{row}.{name}")]).unwrap();
             let labels = ints("labels");
             let learn_from = labels.iter().position(|&label| label != -100).unwrap();
-            Example {
-                example_id: row + 1,
-                input_ids: ints("ids").into_iter().map(|id| id as u32).collect(),
-                learn_from,
-                truncated_left: 0,
-                truncated_right: 0,
-            }
+            let input_ids = ints("ids").into_iter().map(|id| id as u32).collect();
+            Example::learned_from(row + 1, input_ids, learn_from)
         })
         .collect()
 }

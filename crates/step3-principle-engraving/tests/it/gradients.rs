@@ -11,13 +11,7 @@ use crate::support;
 const TOLERANCE: f64 = 5e-5;
 
 fn rows() -> MicroBatch {
-    let row = |example_id, input_ids: Vec<u32>, learn_from| Example {
-        example_id,
-        input_ids,
-        learn_from,
-        truncated_left: 0,
-        truncated_right: 0,
-    };
+    let row = Example::learned_from;
     MicroBatch::new(&[
         row(1, vec![1, 403, 407, 261, 378, 432, 17, 80], 3),
         row(2, vec![1, 300, 12, 55, 400], 2),
@@ -26,12 +20,9 @@ fn rows() -> MicroBatch {
 
 /// Rows long enough that adapters are added to the weights for the moment.
 fn long_rows() -> MicroBatch {
-    let row = |example_id: u64, length: u64| Example {
-        example_id,
-        input_ids: (0..length).map(|at| ((at * 37 + example_id * 11) % 500 + 3) as u32).collect(),
-        learn_from: 5,
-        truncated_left: 0,
-        truncated_right: 0,
+    let row = |example_id: u64, length: u64| {
+        let ids = (0..length).map(|at| ((at * 37 + example_id * 11) % 500 + 3) as u32).collect();
+        Example::learned_from(example_id, ids, 5)
     };
     MicroBatch::new(&[row(1, 130), row(2, 200), row(3, 90)])
 }
@@ -78,8 +69,8 @@ fn by_half_blocks(
     (head.loss_sum * scale, gradients.into_iter().map(Option::unwrap).collect())
 }
 
-/// The same by libtorch's autograd through one graph and its own cross-entropy.
-fn by_one_graph(model: &Llama, trained: &Trained, batch: &MicroBatch) -> (f64, Vec<Tensor>) {
+/// Logits of all positions, (T, V), through one graph.
+pub(crate) fn logits_by_one_graph(model: &Llama, batch: &MicroBatch) -> Tensor {
     let rotary_at = model.rotary_at(&batch.positions()).unwrap();
     let mut x = model.embed(&batch.input_ids).unwrap();
     for layer in model.layers() {
@@ -89,7 +80,12 @@ fn by_one_graph(model: &Llama, trained: &Trained, batch: &MicroBatch) -> (f64, V
         x = &x + block::attention_partial(layer, &x, &rotary_at, &mut attend).unwrap();
         x = &x + block::mlp_partial(layer, &x).unwrap();
     }
-    let logits = model.head(&model.final_norm(&x)).unwrap();
+    model.head(&model.final_norm(&x)).unwrap()
+}
+
+/// The same by libtorch's autograd through one graph and its own cross-entropy.
+fn by_one_graph(model: &Llama, trained: &Trained, batch: &MicroBatch) -> (f64, Vec<Tensor>) {
+    let logits = logits_by_one_graph(model, batch);
     let logits = logits.index_select(0, &Tensor::from_slice(&batch.predict_at));
     let loss = logits.cross_entropy_for_logits(&Tensor::from_slice(&batch.targets));
     let leaves: Vec<_> = (0..trained.num_leaves()).map(|leaf| trained.leaf(leaf)).collect();
@@ -185,7 +181,7 @@ fn batch_examples(batch: &MicroBatch) -> Vec<Example> {
         let (row, rest) = ids.split_at(length as usize);
         ids = rest;
         let input_ids = row.to_vec();
-        Example { example_id, input_ids, learn_from: 5, truncated_left: 0, truncated_right: 0 }
+        Example::learned_from(example_id, input_ids, 5)
     })
     .collect()
 }

@@ -4,6 +4,7 @@
 
 mod commands; // the program as a user runs it, interruptions included
 mod faults; // runs that are killed, stopped, or find damaged checkpoints
+mod formats; // data sets of other formats: tokens and masks of Hugging Face's libraries, errors, whole runs
 mod goldens; // PEFT's gradients and losses
 mod gradients; // half-blocks and head against one whole graph
 mod inspect; // what a data set holds, before any step

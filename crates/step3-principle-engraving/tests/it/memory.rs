@@ -154,12 +154,9 @@ fn child() {
     };
     let length = case.row_tokens;
     let examples: Vec<_> = (0..ROWS as u64)
-        .map(|example_id| Example {
-            example_id,
-            input_ids: (0..length as u32).map(|at| at * 7 % 8000 + 3).collect(),
-            learn_from: length / 2,
-            truncated_left: 0,
-            truncated_right: 0,
+        .map(|example_id| {
+            let input_ids = (0..length as u32).map(|at| at * 7 % 8000 + 3).collect();
+            Example::learned_from(example_id, input_ids, length / 2)
         })
         .collect();
     let mut trainer = support::trainer(&model, trained.unwrap(), &examples, case.kept_layers);

@@ -243,12 +243,9 @@ fn weights_of_every_layout_are_those_of_one_rank() {
 
 fn rows() -> Vec<Example> {
     (0..4u64)
-        .map(|id| Example {
-            example_id: id,
-            input_ids: (0..9 + 11 * id).map(|at| ((at * 29 + id * 17) % 500 + 3) as u32).collect(),
-            learn_from: 2 + 3 * id as usize,
-            truncated_left: 0,
-            truncated_right: 0,
+        .map(|id| {
+            let ids = (0..9 + 11 * id).map(|at| ((at * 29 + id * 17) % 500 + 3) as u32);
+            Example::learned_from(id, ids.collect(), 2 + 3 * id as usize)
         })
         .collect()
 }

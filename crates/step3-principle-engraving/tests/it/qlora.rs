@@ -161,13 +161,7 @@ fn peak() -> u64 {
 fn two_steps(model: &mut Llama) {
     let lora = support::lora_config(4);
     let trained = Trained::attach(model, &lora, AdamWConfig::default(), 0).unwrap();
-    let examples = [Example {
-        example_id: 0,
-        input_ids: (3..67).collect(),
-        learn_from: 32,
-        truncated_left: 0,
-        truncated_right: 0,
-    }];
+    let examples = [Example::learned_from(0, (3..67).collect(), 32)];
     let mut trainer = support::trainer(model, trained, &examples, 0);
     for _ in 0..2 {
         trainer.train_step().unwrap();

@@ -28,10 +28,6 @@ struct Row {
     learn_from: usize,
 }
 
-fn example(example_id: u64, input_ids: Vec<u32>, learn_from: usize) -> Example {
-    Example { example_id, input_ids, learn_from, truncated_left: 0, truncated_right: 0 }
-}
-
 /// The formula of `make_smollm2_golden.py`.
 fn initial_a(module: usize, [r, columns]: [i64; 2]) -> Tensor {
     let value =
@@ -53,7 +49,7 @@ fn five_steps_on_smollm2_follow_peft() {
         .rows
         .into_iter()
         .enumerate()
-        .map(|(id, row)| example(id as u64, row.ids, row.learn_from))
+        .map(|(id, row)| Example::learned_from(id as u64, row.ids, row.learn_from))
         .collect();
     let mut model = support::load(&dir);
     let lora = LoraConfig { r: golden.r, lora_alpha: golden.lora_alpha, ..LoraConfig::default() };
@@ -95,7 +91,7 @@ fn rows() -> Vec<Example> {
         .map(|id| {
             let length = 7 + 13 * id;
             let ids = (0..length).map(|at| ((at * 29 + id * 17) % 500 + 3) as u32).collect();
-            example(id, ids, 2 + 3 * id as usize)
+            Example::learned_from(id, ids, 2 + 3 * id as usize)
         })
         .collect()
 }
