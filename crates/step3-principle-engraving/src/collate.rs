@@ -256,13 +256,13 @@ mod tests {
     fn stretches_are_learned_where_they_lie_and_nowhere_else() {
         let rows = [
             Example::new(1, vec![1, 10, 11, 12, 13, 14, 15], [0..2, 3..4, 6..9]),
-            Example::new(2, vec![1, 20, 21, 22], [3..4, 1..2, 1..3]),
+            Example::new(2, vec![1, 20, 21, 22, 23, 24], [5..6, 1..2, 1..3]),
         ];
         assert_eq!(rows[0].learned, [1..2, 3..4, 6..7]);
-        assert_eq!(rows[1].learned, [1..4]);
+        assert_eq!(rows[1].learned, [1..3, 5..6]);
         let batch = MicroBatch::new(&rows);
-        assert_eq!(batch.predict_at, [0, 2, 5, 7, 8, 9]);
-        assert_eq!(batch.targets, [10, 12, 15, 20, 21, 22]);
+        assert_eq!(batch.predict_at, [0, 2, 5, 7, 8, 11]);
+        assert_eq!(batch.targets, [10, 12, 15, 20, 21, 24]);
         assert_eq!(batch.num_targets(), rows.iter().map(Example::num_targets).sum::<usize>());
     }
 
