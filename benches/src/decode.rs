@@ -5,14 +5,14 @@ use std::{ops::ControlFlow, time::Instant};
 use anyhow::{Result, ensure};
 use clap::Args;
 use dromedary_llama::{
-    Checkpoint, Footprint, Llama, LoadOptions,
+    Footprint, Llama, LoadOptions,
     generation::{Engine, EngineConfig, Event, PrefixUse, Request, Sampling, Statistics},
 };
 use dromedary_parallel::{Communicator, SingleProcess};
 use dromedary_tokenizer::Tokenizer;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
-use crate::{ModelArgs, machine};
+use crate::{ModelArgs, machine, model};
 
 /// Arguments of the bench.
 #[derive(Args)]
@@ -22,6 +22,9 @@ pub(crate) struct DecodeArgs {
     /// Rows at once; several values are measured one after the other.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 8, 32])]
     batch: Vec<usize>,
+    /// Keep the linear layers in four bits.
+    #[arg(long)]
+    nf4: bool,
     #[command(flatten)]
     shape: Shape,
 }
@@ -58,15 +61,15 @@ pub(crate) struct Decoded {
 
 pub(crate) fn run(args: &DecodeArgs) -> Result<()> {
     tch::set_num_threads(args.model.threads);
-    let checkpoint = Checkpoint::open(&args.model.checkpoint)?;
     let tokenizer = Tokenizer::open(&args.model.checkpoint)?;
-    let model = Llama::load(&checkpoint, &LoadOptions::default())?;
+    let options = LoadOptions { nf4: args.nf4, ..LoadOptions::default() };
+    let model = model::load(&args.model.checkpoint, &options)?;
     let bound = machine::compute_bound()?;
     match bound {
         Some(bound) => println!("compute bound: {bound:.0} GFLOP/s"),
         None => println!("compute bound: unknown, this libtorch does not pack weights"),
     }
-    let cost = Footprint::new(model.config(), model.plan(), &LoadOptions::default());
+    let cost = Footprint::new(model.config(), model.plan(), &options);
     for &batch in &args.batch {
         let decoded = decode(&args.shape, batch, &model, &tokenizer, &SingleProcess)?;
         report(args, batch, &decoded, (&cost, bound))?;
@@ -131,8 +134,9 @@ fn report(
         bound.map_or(String::new(), |bound| format!(" ({:.2} of the bound)", flops / bound / 1e9))
     };
     let mode = if copied_prefix { ", copied prefix" } else { "" };
+    let kept = if args.nf4 { ", four bits" } else { "" };
     println!(
-        "| decode, batch {batch}{mode} | {decode:.1} tokens/s{} | prefix {prefill:.0} tokens/s{} | \
+        "| decode, batch {batch}{mode}{kept} | {decode:.1} tokens/s{} | prefix {prefill:.0} tokens/s{} | \
          peak {} MB |",
         share(decode, cost.work(context as u64)),
         share(prefill, cost.work(prefix as u64 / 2) - cost.head_work),

@@ -8,6 +8,7 @@ mod decode;
 mod end_to_end;
 mod load;
 mod machine;
+mod model;
 mod step1;
 mod tensor_parallel;
 mod train;

@@ -2,15 +2,12 @@
 
 use std::{
     fs,
-    ops::ControlFlow,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use dromedary_llama::{
-    Checkpoint, DEFAULT_MAX_SHARD_SIZE, Llama, LoadOptions, LoraConfig, QuantizeOptions, quantize,
-};
+use dromedary_llama::{Llama, LoadOptions, LoraConfig};
 use dromedary_principle_engraving::{
     ActivationsMode, AdamWConfig, BatchConfig, Batches, Example, MemoryPlan, PlanInput,
     PlannedRank, PlannedTraining, Ranks, Schedule, ScheduleType, Trained, Trainer, TrainerParts,
@@ -19,7 +16,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde::Deserialize;
 use tch::Kind;
 
-use crate::{ModelArgs, machine};
+use crate::{ModelArgs, machine, model};
 
 /// Arguments of the bench.
 #[derive(Args)]
@@ -61,13 +58,7 @@ struct Row {
 pub(crate) fn run(args: &TrainArgs) -> Result<()> {
     tch::set_num_threads(args.model.threads);
     let options = LoadOptions { pack: false, nf4: args.qlora, ..LoadOptions::default() };
-    let mut model = if args.qlora {
-        let folder = tempfile::tempdir()?;
-        let base = quantised(&args.model.checkpoint, folder.path().join("nf4"))?;
-        Llama::load(&base, &options)?
-    } else {
-        Llama::load(&Checkpoint::open(&args.model.checkpoint)?, &options)?
-    };
+    let mut model = model::load(&args.model.checkpoint, &options)?;
     let loaded = machine::rss_mb()?.0;
     let lora = LoraConfig { r: args.r, ..LoraConfig::default() };
     let adamw = AdamWConfig::default();
@@ -130,18 +121,6 @@ pub(crate) fn run(args: &TrainArgs) -> Result<()> {
         peak.saturating_sub(loaded)
     );
     Ok(())
-}
-
-/// The checkpoint with its linear layers in four bits.
-fn quantised(checkpoint: &Path, output: PathBuf) -> Result<Checkpoint> {
-    let options = QuantizeOptions {
-        checkpoint: checkpoint.to_owned(),
-        output,
-        max_shard_size: DEFAULT_MAX_SHARD_SIZE,
-        verify: false,
-    };
-    quantize(&options, &mut |_| ControlFlow::Continue(()))?;
-    Ok(Checkpoint::open(options.output)?)
 }
 
 /// Bytes that the trainer plans for the largest batch.

@@ -187,6 +187,15 @@ pub(crate) fn plain_config(dir: &Path) -> Result<Vec<u8>> {
     }
 }
 
+/// Whether a `config.json`, given itself or as the folder that holds it, is of quantised weights.
+pub(crate) fn is_quantised(path: &Path) -> Result<bool> {
+    let path = config_path(path);
+    let bytes = fs::read(&path).map_err(Error::io(&path))?;
+    let config: Value =
+        serde_json::from_slice(&bytes).map_err(|source| Error::Json { path, source })?;
+    Ok(config.get("quantization_config").is_some_and(|settings| !settings.is_null()))
+}
+
 pub(crate) fn config_path(path: &Path) -> PathBuf {
     if path.is_dir() { path.join("config.json") } else { path.to_path_buf() }
 }

@@ -226,6 +226,14 @@ pub enum Error {
         /// What was asked for.
         name: String,
     },
+    /// A number of bits was asked for that linear layers cannot be kept in.
+    #[error("--bits {bits}: {message}")]
+    Bits {
+        /// What was asked for.
+        bits: u8,
+        /// Why not.
+        message: &'static str,
+    },
     /// A file or folder could not be published.
     #[error(transparent)]
     Files(#[from] dromedary_files::Error),

@@ -1,6 +1,7 @@
 //! What one rank of a plan stores, reads and computes, in numbers, before anything is loaded.
 
 use serde::Serialize;
+use tch::Device;
 
 use crate::{
     LlamaConfig, LoadOptions, Plan, Shard,
@@ -45,8 +46,8 @@ pub struct Footprint {
     pub logit_bytes_per_row: u64,
     /// Bytes of the largest layer's weights, which are there twice while they are laid out.
     pub loading_bytes: u64,
-    /// Bytes of the largest weight while it is converted to the kind that is computed in; 0 where
-    /// weights are kept in it.
+    /// Bytes of the largest weight while it is converted to the kind that is computed in, or dequantised
+    /// for libtorch; 0 where neither happens.
     pub converted_bytes: u64,
 }
 
@@ -85,6 +86,7 @@ impl Footprint {
         let rank = plan.rank(options.tp_rank);
         let size = |kind| Dtype::of_kind(kind).map_or(4, |dtype| dtype.size() as u64);
         let (weight_size, kv_size) = (size(options.kind), size(options.compute_kind()));
+        let nf4 = options.nf4 && options.device == Device::Cpu;
         let [mut parameters, mut parameters_read, mut weight_bytes, mut linear_work] = [0; 4];
         let mut head_work = 0;
         for (name, full) in tensor_shapes(config) {
@@ -96,7 +98,7 @@ impl Footprint {
             // Norms are kept as they are computed with.
             weight_bytes += match full.len() {
                 1 => own * kv_size,
-                _ if options.nf4 && is_linear(&name) => quantised_bytes(own),
+                _ if nf4 && is_linear(&name) => quantised_bytes(own),
                 _ => own * weight_size,
             };
             if full.len() == 2 && name != EMBEDDING {
@@ -122,7 +124,14 @@ impl Footprint {
         // the attention: queries, keys and values, rotated ones, the mixed values, the result.
         let computed = hidden + (3 * columns).max(3 * (h + kv));
         let vocab = (rank.vocab.end - rank.vocab.start) as u64;
-        let largest = (2 * columns).max(h + 2 * kv).max(vocab) * hidden;
+        let largest_linear = (2 * columns).max(h + 2 * kv) * hidden;
+        // What is in four bits is not laid out, and this crate's kernels dequantise next to nothing of it
+        // at a time.
+        let laid_out = if nf4 { 0 } else { largest_linear }.max(vocab * hidden);
+        let converted = [
+            (if weight_size == kv_size { 0 } else { laid_out }),
+            (if nf4 && !options.packs() { largest_linear } else { 0 }),
+        ];
         Self {
             parameters,
             parameters_read,
@@ -133,8 +142,8 @@ impl Footprint {
             attention_work: 2 * layers * h,
             activation_bytes_per_token: 4 * hidden + kv_size * computed,
             logit_bytes_per_row: 4 * vocab * LOGIT_COPIES,
-            loading_bytes: largest * weight_size,
-            converted_bytes: if weight_size == kv_size { 0 } else { largest * kv_size },
+            loading_bytes: laid_out * weight_size,
+            converted_bytes: converted[0].max(converted[1]) * kv_size,
         }
     }
 

@@ -60,7 +60,7 @@ mod shard;
 
 pub use adapter::{Adapter, AdapterFile, LoraConfig, LoraPair};
 pub use checkpoint::{
-    Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_SIZE, Dtype, ReadCounters, TensorSpec,
+    Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_SIZE, Dtype, Outline, ReadCounters, TensorSpec,
 };
 pub use closed_form::{AttentionState, ClosedForm, HalfGradients, LayerPass, MlpState};
 pub use config::{LlamaConfig, RopeScaling, check_tokenizer, eos_token_ids};
@@ -69,7 +69,7 @@ pub use dropout::{DropoutDraw, LoraDropout};
 pub use error::{Error, Result, TensorProblems};
 pub use footprint::{Footprint, Memory, Slowest, Workload};
 pub use gradients::{gather_trained, global_norm, sum_gradients};
-pub use kind::select_kind;
+pub use kind::{select_kind, select_nf4};
 pub use linear::{Linear, Lora, PackedWeight, Parallel, Part, Weight};
 pub use logit_check::LogitDifference;
 pub use merge::{MergeOptions, MergeReport, merge};

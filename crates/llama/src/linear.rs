@@ -49,7 +49,8 @@ impl Weight {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Packed(weight) => weight.forward(x),
-            _ => Ok(x.f_matmul(&self.dense()?.f_to_kind(x.kind())?.tr())?),
+            Self::Nf4(weight) => weight.forward(x),
+            Self::Dense(weight) => Ok(x.f_matmul(&weight.f_to_kind(x.kind())?.tr())?),
         }
     }
 }
@@ -133,10 +134,15 @@ impl Linear {
     }
 
     /// A layer of the named projections, kept in NF4.
-    pub(crate) fn fuse_quantised(parts: Vec<(&'static str, Nf4Slice)>, parallel: Parallel) -> Self {
+    pub(crate) fn fuse_quantised(
+        parts: Vec<(&'static str, Nf4Slice)>,
+        parallel: Parallel,
+        kernels: Option<Kernels>,
+    ) -> Self {
         let rows = parts.iter().map(|(name, slice)| (*name, slice.rows as i64)).collect();
         let slices = parts.into_iter().map(|(_, slice)| slice).collect();
-        Self { weight: Weight::Nf4(QuantisedWeight::new(slices)), parts: named(rows), parallel }
+        let weight = Weight::Nf4(QuantisedWeight::new(slices, kernels));
+        Self { weight, parts: named(rows), parallel }
     }
 
     /// The named projection.

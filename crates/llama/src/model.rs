@@ -40,8 +40,9 @@ pub struct LoadOptions {
     /// possible: f32 on a CPU. Elsewhere, and without it, libtorch's operations compute.
     pub pack: bool,
     /// Keep linear layers that are stored in NF4 so, on a CPU, and dequantise each when it is used:
-    /// 4.13 bits a parameter, and the work of dequantising in each pass. Without it, and on other
-    /// devices, they are dequantised when they are read.
+    /// 4.13 bits a parameter, and the work of dequantising in each pass. This crate's own kernels (see
+    /// `pack`) dequantise a few rows at a time. Without it, and on other devices, they are dequantised
+    /// when they are read.
     pub nf4: bool,
     /// This process in its tensor-parallel group.
     pub tp_rank: usize,
@@ -512,7 +513,7 @@ impl Loader<'_> {
 
     fn linear(&self, module: &str, parts: &[&'static str], parallel: Parallel) -> Result<Linear> {
         if let Some(slices) = self.quantised(module, parts)? {
-            return Ok(Linear::fuse_quantised(slices, parallel));
+            return Ok(Linear::fuse_quantised(slices, parallel, self.options.kernels()));
         }
         let weights = parts
             .iter()

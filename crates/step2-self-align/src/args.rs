@@ -114,6 +114,11 @@ pub struct GenerateArgs {
     /// [default: auto].
     #[arg(long, value_name = "KIND")]
     pub dtype: Option<String>,
+    /// Bits of the linear layers: 4 keeps those that `llama quantize` has stored in NF4 as they are, in
+    /// an eighth of the memory of f32, and 16 dequantises them into --dtype when they are loaded
+    /// [default: as the checkpoint is stored; 16 on a GPU].
+    #[arg(long, value_name = "BITS")]
+    pub bits: Option<u8>,
     /// Threads of libtorch [default: all cores].
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
@@ -153,6 +158,7 @@ impl TryFrom<GenerateArgs> for GenerateConfig {
             seed: args.seed.unwrap_or(1),
             device: args.device.unwrap_or_else(|| "auto".to_owned()),
             dtype: args.dtype.unwrap_or_else(|| "auto".to_owned()),
+            bits: args.bits,
             threads: args.threads,
             break_lock: args.break_lock.unwrap_or(false),
         };

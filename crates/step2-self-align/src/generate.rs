@@ -8,7 +8,7 @@ use dromedary_command::{Error as CommandError, Progress, StopFlag};
 use dromedary_llama::cli::SamplingArgs;
 use dromedary_llama::generation::{Engine, EngineConfig, PrefixCache, PrefixUse, Statistics};
 use dromedary_llama::{
-    Checkpoint, Llama, LoadOptions, check_tokenizer, eos_token_ids, select_kind,
+    Checkpoint, Llama, LoadOptions, check_tokenizer, eos_token_ids, select_kind, select_nf4,
 };
 use dromedary_parallel::{
     Communicator, Error as ParallelError, ParallelDims, WorkQueue, check_agreements, select_device,
@@ -83,6 +83,10 @@ pub struct GenerateConfig {
     pub device: String,
     /// `auto`, `f32`, `bf16` or `f16`.
     pub dtype: String,
+    /// 4 keeps linear layers that are stored in NF4 as they are, 16 dequantises them; as stored where
+    /// absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bits: Option<u8>,
     /// Threads of libtorch; all cores where absent.
     pub threads: Option<usize>,
     /// Take over the output although another process seems to write it.
@@ -473,9 +477,13 @@ fn load(
         device,
         kind: select_kind(&config.dtype, device, checkpoint.dtype())?,
         pack: true,
-        nf4: false,
+        nf4: select_nf4(config.bits, device, checkpoint.stores_nf4())?,
         tp_rank: place.dims.tp_rank(place.world.rank()),
         tp: place.dims.tp,
     };
-    Ok(Llama::load(checkpoint, &options)?)
+    let model = Llama::load(checkpoint, &options)?;
+    if model.keeps_nf4() {
+        tracing::info!(megabytes = model.nf4_bytes() >> 20, "linear layers stay in four bits");
+    }
+    Ok(model)
 }

@@ -5,7 +5,8 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use dromedary_llama::{
-    Checkpoint, Footprint, LoadOptions, Memory, Plan as ShardPlan, Workload, select_kind,
+    Checkpoint, Footprint, LoadOptions, Memory, Outline, Plan as ShardPlan, Workload, select_kind,
+    select_nf4,
 };
 use dromedary_parallel::{ParallelDims, planned_device};
 use dromedary_records::{FoundPrompt, read_prompts};
@@ -173,10 +174,11 @@ impl Input {
 }
 
 fn memory(config: &GenerateConfig, tp: usize, prefix: u64) -> Result<Vec<Memory>> {
-    let (model, stored) = Checkpoint::config_and_dtype(&config.checkpoint)?;
+    let Outline { config: model, dtype, nf4 } = Checkpoint::outline(&config.checkpoint)?;
     let shards = ShardPlan::new(&model, tp)?;
     let device = planned_device(&config.device)?;
-    let kind = select_kind(&config.dtype, device, stored)?;
+    let kind = select_kind(&config.dtype, device, dtype)?;
+    let nf4 = select_nf4(config.bits, device, nf4 || config.bits == Some(4))?;
     // Fewer tokens are fewer rows of the full length.
     let rows = config.max_kv_tokens.map_or(usize::MAX, |most| (most / config.max_seq_len).max(1));
     let workload = Workload {
@@ -185,7 +187,7 @@ fn memory(config: &GenerateConfig, tp: usize, prefix: u64) -> Result<Vec<Memory>
         max_seq_len: config.max_seq_len as u64,
     };
     let of_rank = |tp_rank| {
-        let options = LoadOptions { device, kind, pack: true, nf4: false, tp_rank, tp };
+        let options = LoadOptions { device, kind, pack: true, nf4, tp_rank, tp };
         Footprint::new(&model, &shards, &options).memory(&workload)
     };
     Ok((0..tp).map(of_rank).collect())

@@ -4,7 +4,7 @@ use std::{fmt::Write as _, path::PathBuf};
 
 use dromedary_command::{ByteSize, Error as CommandError, boolean, required};
 use dromedary_llama::{
-    Checkpoint, ClosedForm, Footprint, LoadOptions, LoraConfig, Plan, select_kind,
+    Checkpoint, ClosedForm, Footprint, LoadOptions, LoraConfig, Outline, Plan, select_kind,
 };
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
@@ -74,7 +74,7 @@ pub struct PlanArgs {
     /// Divide the optimizer's moments over the replicas [default: false].
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
     pub shard_optimizer: Option<bool>,
-    /// Bits of the frozen linear layers: 4, or 16 for --dtype [default: 16].
+    /// Bits of the frozen linear layers: 4, or 16 for --dtype [default: as the base is stored].
     #[arg(long, value_name = "BITS")]
     pub bits: Option<u8>,
     /// Kind of the weights: auto, f32, bf16 or f16 [default: auto].
@@ -119,8 +119,8 @@ impl PlanReport {
     /// memory that was given.
     pub fn new(args: &PlanArgs) -> anyhow::Result<Self> {
         let path = required(args.checkpoint.clone(), "checkpoint")?;
-        let (config, stored) = Checkpoint::config_and_dtype(path)?;
-        let kind = select_kind(args.dtype.as_deref().unwrap_or("auto"), Device::Cpu, stored)?;
+        let Outline { config, dtype, nf4 } = Checkpoint::outline(path)?;
+        let kind = select_kind(args.dtype.as_deref().unwrap_or("auto"), Device::Cpu, dtype)?;
         let training = if args.full_finetune == Some(true) {
             PlannedTraining::Weights
         } else {
@@ -146,7 +146,7 @@ impl PlanReport {
             tokens,
             targets: (tokens as f64 * learned).ceil() as u64,
             kept_layers: 0,
-            rank: planned_rank(args)?,
+            rank: planned_rank(args, nf4)?,
         };
         let mode = args.activations.unwrap_or(ActivationsMode::Recompute);
         input.kept_layers = mode.kept_layers(&input, args.max_memory.map(|size| size.0))?;
@@ -220,22 +220,25 @@ impl PlanReport {
     }
 }
 
-/// The first rank of a replica.
-fn planned_rank(args: &PlanArgs) -> anyhow::Result<PlannedRank> {
+/// The first rank of a replica; `stored_nf4` says that the base is stored in four bits.
+fn planned_rank(args: &PlanArgs, stored_nf4: bool) -> anyhow::Result<PlannedRank> {
     for (flag, value) in [("tp", args.tp), ("dp", args.dp)] {
         if value == Some(0) {
             return Err(CommandError::usage(format!("--{flag} 0: must be at least 1")).into());
         }
     }
-    let nf4 = match args.bits.unwrap_or(16) {
-        4 if args.full_finetune == Some(true) => {
+    let nf4 = match args.bits {
+        Some(4) if args.full_finetune == Some(true) => {
             return Err(
                 CommandError::usage("--bits 4: --full-finetune true trains all weights").into()
             );
         }
-        4 => true,
-        16 => false,
-        bits => return Err(CommandError::usage(format!("--bits {bits}: give 4 or 16")).into()),
+        None => stored_nf4 && args.full_finetune != Some(true),
+        Some(4) => true,
+        Some(16) => false,
+        Some(bits) => {
+            return Err(CommandError::usage(format!("--bits {bits}: give 4 or 16")).into());
+        }
     };
     let is_divided = args.shard_optimizer == Some(true);
     let moment_shares = if is_divided { args.dp.unwrap_or(1) } else { 1 };

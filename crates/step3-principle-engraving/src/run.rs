@@ -175,7 +175,7 @@ pub fn train(
 
 /// Whether the frozen weights stay in four bits, as the base has them.
 fn keeps_nf4(config: &TrainConfig, base: &Checkpoint) -> bool {
-    let is_stored = base.names().any(|name| base.is_quantised(name));
+    let is_stored = base.stores_nf4();
     if config.bits == Some(4) && !is_stored {
         tracing::warn!(
             "--bits 4: {} is not stored in four bits and is held in --dtype; `llama quantize --nf4` \

@@ -20,7 +20,7 @@ mod writer;
 pub use dtype::Dtype;
 pub use file::ReadCounters;
 pub use output::TensorSpec;
-pub use reader::Checkpoint;
+pub use reader::{Checkpoint, Outline};
 pub use writer::{CheckpointWriter, DEFAULT_MAX_SHARD_SIZE};
 
 pub(crate) use file::TensorFile;

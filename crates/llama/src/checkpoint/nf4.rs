@@ -5,7 +5,7 @@
 //! (the offset), become indices of 256 levels in blocks of 256, with a scale of the second level each:
 //! 4 + 8/64 + 32/(64 x 256) = 4.127 bits a parameter.
 
-use std::ops::Range;
+use std::{ops::Range, sync::LazyLock};
 
 use dromedary_torch_ext::Rows;
 use serde::{Deserialize, Serialize};
@@ -17,7 +17,7 @@ use super::{
 use crate::{
     attention::one_or_cat,
     error::{Error, Result},
-    quantised::{CodePacker, Nf4Slice},
+    quantised::{CodePacker, Codes, Nf4Slice},
 };
 
 /// Bytes that are dequantised at once.
@@ -177,7 +177,7 @@ impl Nf4Weight {
         let mut slice = Nf4Slice {
             rows: count,
             columns: width,
-            codes: Vec::new(),
+            codes: Codes::Rows(Vec::new()),
             scales: Vec::new(),
             stride,
             nested: Vec::new(),
@@ -200,7 +200,7 @@ impl Nf4Weight {
                 }),
             }
         }
-        slice.codes = codes.finish();
+        slice.codes = Codes::Rows(codes.finish());
         self.read_scale_codes(file, &mut slice)?;
         match slice.bad_scale() {
             None => Ok(slice),
@@ -297,7 +297,12 @@ fn parts(weight: &str, count: usize) -> [(String, safetensors::Dtype, usize); 5]
 
 /// The 256 levels of scales, as bitsandbytes makes them: seven decades, each cut into twice as many
 /// steps as the one below, with both signs; 0 and 1.
-pub(crate) fn nested_levels() -> [f32; 256] {
+pub(crate) fn nested_levels() -> &'static [f32; 256] {
+    static LEVELS: LazyLock<[f32; 256]> = LazyLock::new(make_nested_levels);
+    &LEVELS
+}
+
+fn make_nested_levels() -> [f32; 256] {
     let mut levels = vec![0.0, 1.0];
     for exponent in 0..7 {
         let steps = 1 << exponent;
@@ -434,7 +439,7 @@ impl Quantiser {
             Tensor::f_from_slice(&codes)?,
             Tensor::f_from_slice(&state)?,
             Tensor::f_from_slice(&nested)?,
-            Tensor::f_from_slice(&nested_levels())?,
+            Tensor::f_from_slice(nested_levels())?,
             Tensor::f_from_slice(&LEVELS)?,
         ];
         Ok(specs.into_iter().skip(1).map(|spec| spec.name).zip(tensors).collect())
@@ -446,7 +451,7 @@ impl Quantiser {
 /// the middle of two levels may go to the other one. Its CUDA kernels compare the numbers themselves.
 fn quantise_scales(scales: &[f32], offset: f32) -> (Vec<u8>, Vec<f32>) {
     let levels = nested_levels();
-    let table = nearest_by_step(&levels);
+    let table = nearest_by_step(levels);
     let mut nested = Vec::with_capacity(scales.len().div_ceil(NESTED_BLOCK_SIZE));
     let mut codes = Vec::with_capacity(scales.len());
     for block in scales.chunks(NESTED_BLOCK_SIZE) {

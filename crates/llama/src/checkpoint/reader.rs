@@ -17,7 +17,7 @@ use super::{
     tensors::{HEAD, is_derived, tensor_shapes},
 };
 use crate::{
-    config::LlamaConfig,
+    config::{LlamaConfig, is_quantised},
     error::{Error, Result, TensorProblems},
     plan::{Shard, Slice},
     quantised::Nf4Slice,
@@ -38,6 +38,18 @@ pub struct Checkpoint {
     /// The model's tensors in the order of the forward pass.
     order: Vec<String>,
     specs: BTreeMap<String, TensorSpec>,
+}
+
+/// What is known of a checkpoint before a weight is read.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outline {
+    /// The model's configuration.
+    pub config: LlamaConfig,
+    /// The data type that most parameters are read in; what the configuration claims where there are no
+    /// weights.
+    pub dtype: Dtype,
+    /// Whether linear layers are stored in NF4.
+    pub nf4: bool,
 }
 
 /// How a folder holds the tensors.
@@ -93,21 +105,22 @@ impl Checkpoint {
         Ok(Self { dir: dir.to_path_buf(), config, storage, order, specs })
     }
 
-    /// The configuration of a checkpoint, or of a `config.json` alone, and what its weights are stored
-    /// as: enough to plan with.
+    /// What there is to know of a checkpoint, or of a `config.json` alone, without a weight: enough to plan
+    /// with.
     ///
     /// # Errors
     /// As [`Checkpoint::open`] where there are weights, else as [`LlamaConfig::open`].
-    pub fn config_and_dtype(path: impl AsRef<Path>) -> Result<(LlamaConfig, Dtype)> {
+    pub fn outline(path: impl AsRef<Path>) -> Result<Outline> {
         let path = path.as_ref();
         let weights = [SINGLE, INDEX, RankFiles::INDEX];
         if weights.iter().any(|name| path.join(name).exists()) {
             let checkpoint = Self::open(path)?;
-            return Ok((checkpoint.config().clone(), checkpoint.dtype()));
+            let (dtype, nf4) = (checkpoint.dtype(), checkpoint.stores_nf4());
+            return Ok(Outline { config: checkpoint.config, dtype, nf4 });
         }
         let config = LlamaConfig::open(path)?;
-        let stored = config.torch_dtype.unwrap_or(Dtype::F32);
-        Ok((config, stored))
+        let dtype = config.torch_dtype.unwrap_or(Dtype::F32);
+        Ok(Outline { config, dtype, nf4: is_quantised(path)? })
     }
 
     /// The model's configuration.
@@ -158,6 +171,11 @@ impl Checkpoint {
             Storage::Whole { places, .. } => places.get(name).is_some_and(|p| p.nf4.is_some()),
             Storage::OfRanks(_) => false,
         }
+    }
+
+    /// Whether linear layers are stored in NF4.
+    pub fn stores_nf4(&self) -> bool {
+        self.names().any(|name| self.is_quantised(name))
     }
 
     /// Bytes that a tensor is stored in.

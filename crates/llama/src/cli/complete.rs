@@ -17,7 +17,7 @@ use super::{SUBCOMMANDS, SamplingArgs};
 use crate::{
     AdapterFile, Checkpoint, Llama, LoadOptions, check_tokenizer, eos_token_ids,
     generation::{Engine, EngineConfig, Event, Request, Statistics},
-    select_kind,
+    select_kind, select_nf4,
 };
 
 /// Continue a prompt, and print the continuation alone to stdout while it is written.
@@ -61,6 +61,11 @@ pub(super) struct CompleteArgs {
     /// [default: auto].
     #[arg(long)]
     dtype: Option<String>,
+    /// Bits of the linear layers: 4 keeps those that `llama quantize` has stored in NF4 as they are, in
+    /// an eighth of the memory of f32, and 16 dequantises them into --dtype when they are loaded
+    /// [default: as the checkpoint is stored; 16 on a GPU].
+    #[arg(long, value_name = "BITS")]
+    bits: Option<u8>,
     /// Threads of each process [default: the cores of the node, dealt out to its processes].
     #[arg(long, value_name = "COUNT")]
     threads: Option<NonZeroUsize>,
@@ -83,6 +88,8 @@ struct CompleteConfig {
     stop: Vec<String>,
     device: String,
     dtype: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bits: Option<u8>,
     #[serde(skip_serializing_if = "Option::is_none")]
     threads: Option<NonZeroUsize>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -113,6 +120,7 @@ impl TryFrom<CompleteArgs> for CompleteConfig {
             stop: args.stop,
             device: args.device.unwrap_or_else(|| "auto".into()),
             dtype: args.dtype.unwrap_or_else(|| "auto".into()),
+            bits: args.bits,
             threads: args.threads,
             tp: args.tp,
         })
@@ -168,7 +176,8 @@ fn complete(config: &CompleteConfig, launch: &Launch) -> anyhow::Result<Done> {
     }
     let device = select_device(&config.device, launch.local_rank(), world)?;
     let kind = select_kind(&config.dtype, device, checkpoint.dtype())?;
-    let options = LoadOptions { device, kind, pack: true, nf4: false, tp_rank: world.rank(), tp };
+    let nf4 = select_nf4(config.bits, device, checkpoint.stores_nf4())?;
+    let options = LoadOptions { device, kind, pack: true, nf4, tp_rank: world.rank(), tp };
     let mut model = Llama::load(&checkpoint, &options)?;
     if let Some(adapter) = &adapter {
         model.attach(adapter)?;
@@ -177,6 +186,7 @@ fn complete(config: &CompleteConfig, launch: &Launch) -> anyhow::Result<Done> {
         tokens = tokens.len(),
         ?device,
         ?kind,
+        nf4,
         tp,
         "{} is loaded",
         config.checkpoint.display()
@@ -274,6 +284,7 @@ fn agree(
         ("seed", config.seed.to_string()),
         ("stop", format!("{:?}", config.stop)),
         ("dtype", config.dtype.clone()),
+        ("bits", format!("{:?}", config.bits)),
     ];
     Ok(check_agreements(world, &values.map(|(name, value)| (name.to_owned(), value)))?)
 }

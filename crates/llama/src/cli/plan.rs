@@ -12,8 +12,8 @@ use tch::Device;
 
 use super::settings;
 use crate::{
-    Checkpoint, Dtype, Footprint, LoadOptions, Memory, Plan, RankPlan, Slowest, Workload,
-    select_kind,
+    Checkpoint, Dtype, Footprint, LoadOptions, Memory, Outline, Plan, RankPlan, Slowest, Workload,
+    select_kind, select_nf4,
 };
 
 /// Show how a model is split over processes: what each of them owns, stores and computes.
@@ -38,6 +38,10 @@ pub(super) struct PlanArgs {
     /// [default: auto].
     #[arg(long)]
     dtype: Option<String>,
+    /// Bits of the linear layers: 4 as `llama quantize --nf4` stores them, 16 for --dtype
+    /// [default: as the checkpoint is stored; 16 on a GPU].
+    #[arg(long, value_name = "BITS")]
+    bits: Option<u8>,
     /// Tokens of the prefix that all rows share: each rank keeps its keys and values once, and every
     /// new token attends to them [default: 0].
     #[arg(long, value_name = "TOKENS")]
@@ -60,6 +64,8 @@ struct PlanConfig {
     tp: usize,
     device: String,
     dtype: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bits: Option<u8>,
     prefix_tokens: u64,
     max_batch_size: u64,
     max_seq_len: Option<u64>,
@@ -75,6 +81,7 @@ impl TryFrom<PlanArgs> for PlanConfig {
             tp: args.tp.unwrap_or(1),
             device: args.device.unwrap_or_else(|| "auto".into()),
             dtype: args.dtype.unwrap_or_else(|| "auto".into()),
+            bits: args.bits,
             prefix_tokens: args.prefix_tokens.unwrap_or(0),
             max_batch_size: args.max_batch_size.unwrap_or(8),
             max_seq_len: args.max_seq_len,
@@ -99,6 +106,8 @@ struct Report {
     tp: usize,
     device: &'static str,
     dtype: String,
+    /// Linear layers are in four bits.
+    nf4: bool,
     kv_dtype: String,
     num_hidden_layers: i64,
     num_attention_heads: i64,
@@ -160,7 +169,7 @@ impl Bytes {
 
 impl Report {
     fn new(settings: &PlanConfig) -> anyhow::Result<Self> {
-        let (config, stored) = Checkpoint::config_and_dtype(&settings.checkpoint)?;
+        let Outline { config, dtype, nf4 } = Checkpoint::outline(&settings.checkpoint)?;
         let plan = Plan::new(&config, settings.tp)?;
         let context = u64::try_from(config.max_position_embeddings)?;
         if settings.prefix_tokens >= context {
@@ -179,8 +188,9 @@ impl Report {
             );
         }
         let device = planned_device(&settings.device)?;
-        let kind = select_kind(&settings.dtype, device, stored)?;
-        let options = LoadOptions { device, kind, tp: settings.tp, ..LoadOptions::default() };
+        let kind = select_kind(&settings.dtype, device, dtype)?;
+        let nf4 = select_nf4(settings.bits, device, nf4 || settings.bits == Some(4))?;
+        let options = LoadOptions { device, kind, nf4, tp: settings.tp, ..LoadOptions::default() };
         let footprints: Vec<Footprint> = (0..settings.tp)
             .map(|tp_rank| Footprint::new(&config, &plan, &LoadOptions { tp_rank, ..options }))
             .collect();
@@ -200,6 +210,7 @@ impl Report {
             tp: settings.tp,
             device: if device == Device::Cpu { "cpu" } else { "cuda" },
             dtype: name(kind),
+            nf4,
             kv_dtype: name(options.compute_kind()),
             num_hidden_layers: config.num_hidden_layers,
             num_attention_heads: config.num_attention_heads,
@@ -230,8 +241,11 @@ impl Report {
         )?;
         writeln!(
             text,
-            "kept as    {} on {}, keys and values in {}",
-            self.dtype, self.device, self.kv_dtype
+            "kept as    {} on {}{}, keys and values in {}",
+            self.dtype,
+            self.device,
+            if self.nf4 { ", linear layers in NF4" } else { "" },
+            self.kv_dtype
         )?;
         writeln!(
             text,

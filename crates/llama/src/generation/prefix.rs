@@ -43,6 +43,9 @@ struct Description {
     tokens: Vec<u32>,
     kind: String,
     packed: bool,
+    /// Linear layers are kept in NF4; absent in what was kept before they could be.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    nf4: bool,
     tp_rank: usize,
     tp: usize,
 }
@@ -95,6 +98,7 @@ impl Engine<'_> {
             tokens: tokens.to_vec(),
             kind: format!("{:?}", self.model.kind()),
             packed: self.model.packs(),
+            nf4: self.model.keeps_nf4(),
             tp_rank: self.comm.rank(),
             tp: self.comm.world_size(),
         };

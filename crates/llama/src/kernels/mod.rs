@@ -9,6 +9,7 @@
 mod attend;
 mod causal;
 mod elementwise;
+mod made;
 mod packed;
 mod panels;
 mod product;
@@ -23,6 +24,7 @@ mod workspace;
 use dromedary_torch_ext::{F32Buffer, Rows};
 use tch::Tensor;
 
+pub(crate) use made::MakesPanels;
 pub use packed::PackedWeight;
 pub(crate) use product::{Matrix, Panels, Target};
 pub(crate) use sequences::{FusedStep, Sequence, SlotKeys};
@@ -31,6 +33,7 @@ pub(crate) use workspace::{Buffer, Workspace};
 
 use crate::{Result, heads::Heads};
 use simd::Level;
+pub(crate) use simd::{Simd, UNIT, shift_of};
 
 /// Values of an element-wise pass that are worth a thread.
 const PASS: usize = 16 * 1024;

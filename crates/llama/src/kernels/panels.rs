@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::simd::{Columns, Kernel, MAX_ROWS, MAX_UNITS, Product, Simd, UNIT, Units, even_parts};
 
 /// Depth of a block: four units of it stay in the first-level cache while the rows pass over them.
-const DEPTH: usize = 144;
+pub(super) const DEPTH: usize = 144;
 
 /// Rows that pass over the weight together: their part of the input stays in the second-level cache.
 const SLAB: usize = 240;

@@ -37,6 +37,12 @@ pub(crate) trait Simd: Copy {
     fn round(self, a: Self::Unit) -> Self::Unit;
     /// `a * 2^n` for whole `n` in -126..=128.
     fn scale_by_power(self, a: Self::Unit, n: Self::Unit) -> Self::Unit;
+    /// In each lane the entry of `table` whose number is the lane's four bits of `codes`, see [`shift_of`].
+    fn look_up(self, table: Self::Unit, codes: u64) -> Self::Unit;
+    /// To the nearest number of bf16, of two the even one; `a` is finite.
+    fn round_to_bf16(self, a: Self::Unit) -> Self::Unit;
+    /// To the nearest number of f16, of two the even one; `a` is finite.
+    fn round_to_f16(self, a: Self::Unit) -> Self::Unit;
     /// Asks for a cache line.
     fn prefetch(self, at: *const f32);
     /// Computes a tile with the shape that suits the registers.
@@ -96,6 +102,12 @@ pub(crate) trait Simd: Copy {
     }
 }
 
+/// Where a lane's four bits are in a word of codes. Even lanes have the lower half of it, as a vector of
+/// halves falls into lanes.
+pub(crate) const fn shift_of(lane: usize) -> usize {
+    4 * (lane / 2) + 32 * (lane % 2)
+}
+
 /// Code that runs at any level.
 pub(crate) trait Kernel {
     type Output;
@@ -125,7 +137,8 @@ impl Level {
             if fma && std::arch::is_x86_feature_detected!("avx512f") {
                 levels.push(Self(Instructions::Avx512));
             }
-            if fma && std::arch::is_x86_feature_detected!("avx2") {
+            let f16c = std::arch::is_x86_feature_detected!("f16c");
+            if fma && f16c && std::arch::is_x86_feature_detected!("avx2") {
                 levels.push(Self(Instructions::Avx2));
             }
         }
@@ -305,6 +318,18 @@ impl Simd for Portable {
     #[inline(always)]
     fn scale_by_power(self, a: Self::Unit, n: Self::Unit) -> Self::Unit {
         Self::zip(a, n, |a, n| a * f32::from_bits(((n as i32 + 127) as u32) << 23))
+    }
+    #[inline(always)]
+    fn look_up(self, table: Self::Unit, codes: u64) -> Self::Unit {
+        std::array::from_fn(|lane| table[(codes >> shift_of(lane)) as usize & 15])
+    }
+    #[inline(always)]
+    fn round_to_bf16(self, a: Self::Unit) -> Self::Unit {
+        a.map(|a| half::bf16::from_f32(a).to_f32())
+    }
+    #[inline(always)]
+    fn round_to_f16(self, a: Self::Unit) -> Self::Unit {
+        a.map(|a| half::f16::from_f32(a).to_f32())
     }
     #[inline(always)]
     fn prefetch(self, _: *const f32) {}

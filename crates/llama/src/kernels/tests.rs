@@ -1,14 +1,14 @@
 //! Every kernel at every level that this CPU has, against libtorch's operations.
 
-use std::f64::consts::LN_2;
+use std::{f64::consts::LN_2, ops::Range};
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    FusedStep, Kernels, PackedWeight, Sequence, SlotKeys,
+    FusedStep, Kernels, MakesPanels, PackedWeight, Sequence, SlotKeys,
     attend::{AttendKeys, HeadKeys, HeadLayout, Join, Partial, Scores, Seen},
-    simd::{Kernel, Level, Simd, UNIT},
+    simd::{Kernel, Level, Simd, UNIT, shift_of},
 };
 use crate::{
     heads::{HeadRun, Heads},
@@ -374,5 +374,82 @@ fn a_query_that_sees_no_key_is_nan_and_changes_nothing_when_joined() {
         assert!(alone[..8].iter().all(|value| value.is_nan()), "{alone:?}");
         assert!(alone[8..].iter().all(|value| value.is_finite()));
         assert_eq!(join(&[&first, &both])[..8], join(&[&both])[..8]);
+    }
+}
+
+/// Rows of a weight that is there.
+struct Dense {
+    values: Vec<f32>,
+    depth: usize,
+}
+
+impl MakesPanels for Dense {
+    fn make<S: Simd>(&self, _: S, rows: Range<usize>, columns: Range<usize>, panel: &mut [f32]) {
+        for (lane, row) in rows.enumerate() {
+            let values = &self.values[row * self.depth..][columns.clone()];
+            for (line, value) in panel.chunks_exact_mut(UNIT).zip(values) {
+                line[lane] = *value;
+            }
+        }
+    }
+}
+
+#[test]
+fn products_with_made_panels_are_those_with_packed_ones_to_the_last_bit() {
+    tch::manual_seed(19);
+    for kernels in Kernels::all() {
+        for (tokens, depth, out) in [(1, 576, 960), (7, 295, 100), (250, 144, 65), (3, 1, 1)] {
+            let weight = Tensor::randn([out, depth], F);
+            let x = Tensor::randn([tokens, depth], F);
+            let values = Vec::try_from(weight.view(-1)).unwrap();
+            let made = Dense { values, depth: depth as usize };
+            let sizes = [out as usize, depth as usize];
+            let got = kernels.multiply_made(&x, &made, sizes).unwrap();
+            let want = PackedWeight::pack(kernels, &weight).unwrap().forward(&x).unwrap();
+            assert!(got == want, "{kernels:?} {tokens} x {depth} x {out}");
+            assert!(off(&got, &x.matmul(&weight.tr())) < 1e-5);
+            assert!(kernels.multiply_made(&x.narrow(1, 1, depth - 1), &made, sizes).is_err());
+        }
+    }
+}
+
+struct LookUp<'a>(&'a [f32; UNIT], u64);
+
+impl Kernel for LookUp<'_> {
+    type Output = [[f32; UNIT]; 3];
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> Self::Output {
+        let values = simd.look_up(simd.load(self.0), self.1);
+        let rounded = [values, simd.round_to_bf16(values), simd.round_to_f16(values)];
+        [simd.lanes(rounded[0]), simd.lanes(rounded[1]), simd.lanes(rounded[2])]
+    }
+}
+
+#[test]
+fn looked_up_values_are_rounded_as_conversions_do() {
+    let mut rng = StdRng::seed_from_u64(23);
+    for level in Level::supported() {
+        for _ in 0..1000 {
+            let codes = rng.random();
+            // Every other one half-way between two of bf16 or of f16, or next to it.
+            let table: [f32; UNIT] = std::array::from_fn(|lane| {
+                let value = f32::from_bits(rng.random_range(0x3300_0000..0x4700_0000));
+                let half = [0x8000, 0x1000][lane / 2 % 2];
+                let near = rng.random_range(half - 1..=half + 1);
+                let bits = value.to_bits() & !(2 * half - 1) | near;
+                if lane % 2 == 0 { value } else { -f32::from_bits(bits) }
+            });
+            let got = level.run(LookUp(&table, codes));
+            for lane in 0..UNIT {
+                let value = table[(codes >> shift_of(lane)) as usize & 15];
+                let want = [
+                    value,
+                    half::bf16::from_f32(value).to_f32(),
+                    half::f16::from_f32(value).to_f32(),
+                ];
+                assert_eq!(got.map(|lanes| lanes[lane]), want, "{level:?} lane {lane}");
+            }
+        }
     }
 }

@@ -12,6 +12,7 @@ mod config; // config.json
 mod convert; // Meta's layout in and out
 mod engine; // batch generation
 mod faults; // jobs of `llama complete` that fail
+mod four_bits; // generation from weights that stay in NF4
 mod gradients; // training over several ranks
 mod hostile; // safetensors files made to do harm
 mod hostile_torch; // PyTorch files made to do harm

@@ -3,7 +3,7 @@
 use std::{ops::ControlFlow, path::Path, process::Command};
 
 use dromedary_llama::{
-    Checkpoint, Footprint, Llama, LlamaConfig, LoadOptions, Plan, Workload,
+    Checkpoint, Footprint, Llama, LoadOptions, Outline, Plan, Workload,
     generation::{Engine, EngineConfig, Sampling},
 };
 use dromedary_parallel::SingleProcess;
@@ -13,6 +13,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     hostile::{memory_kb, peak_rss_kb},
+    quantize,
     support::{request, smollm2, stories},
     tiny::{self, Tiny},
 };
@@ -50,7 +51,9 @@ fn fill(model: &Path, of: &Workload, max_gen_len: usize, each_step: impl FnMut()
     let mut each_step = each_step;
     let own = model.join("tokenizer.json").exists().then(|| model.to_owned());
     let tokenizer = Tokenizer::open(own.or_else(smollm2).unwrap()).unwrap();
-    let model = Llama::load(&Checkpoint::open(model).unwrap(), &LoadOptions::default()).unwrap();
+    let checkpoint = Checkpoint::open(model).unwrap();
+    let options = LoadOptions { nf4: checkpoint.stores_nf4(), ..LoadOptions::default() };
+    let model = Llama::load(&checkpoint, &options).unwrap();
     let config = EngineConfig {
         max_batch_size: of.max_batch_size as usize,
         max_seq_len: of.max_seq_len as usize,
@@ -76,8 +79,8 @@ fn fill(model: &Path, of: &Workload, max_gen_len: usize, each_step: impl FnMut()
     assert_eq!(statistics.finished, of.max_batch_size);
 }
 
-/// Three shapes: a real model; wide and shallow, with all heads its own keys and a head of its own;
-/// narrow and deep, with a large vocabulary that is its head too.
+/// Three shapes: a real model; wide and shallow, with all heads its own keys and a head of its own, also
+/// with its linear layers in four bits; narrow and deep, with a large vocabulary that is its head too.
 #[test]
 fn planned_memory_is_what_a_run_takes() {
     // The random models read its tokenizer.
@@ -107,16 +110,20 @@ fn planned_memory_is_what_a_run_takes() {
         max_batch_size,
         max_seq_len,
     };
+    let four_bits = wide.path().join("nf4");
+    quantize::run(wide.path(), &four_bits).unwrap();
     let models = [
         (wide.path(), workload(100, 24, 300)),
+        (&four_bits, workload(100, 24, 300)),
         (deep.path(), workload(1500, 40, 150)),
         (&smollm2, workload(500, 16, 200)),
     ];
     let mut worst = 0f64;
     for (dir, workload) in models {
-        let config = LlamaConfig::open(dir).unwrap();
+        let Outline { config, nf4, .. } = Checkpoint::outline(dir).unwrap();
         let plan = Plan::new(&config, 1).unwrap();
-        let footprint = Footprint::new(&config, &plan, &LoadOptions::default());
+        let options = LoadOptions { nf4, ..LoadOptions::default() };
+        let footprint = Footprint::new(&config, &plan, &options);
         let planned = footprint.memory(&workload).peak_bytes / 1000;
         let took = child("memory::generate_and_measure", dir, &workload, "peak of ")[0];
         let off = took as f64 / planned as f64 - 1.0;

@@ -30,7 +30,7 @@ fn options(from: &Path, to: &Path) -> QuantizeOptions {
     }
 }
 
-fn run(from: &Path, to: &Path) -> dromedary_llama::Result<QuantizeReport> {
+pub(crate) fn run(from: &Path, to: &Path) -> dromedary_llama::Result<QuantizeReport> {
     quantize(&options(from, to), &mut |_| ControlFlow::Continue(()))
 }
 
@@ -306,8 +306,7 @@ fn weights_that_stay_in_four_bits_are_the_dequantised_ones() {
         };
         let off = (logits(true, false) - logits(false, false)).abs().max().double_value(&[]);
         assert!(off < 1e-5, "{off}");
-        let off = (logits(true, true) - logits(false, false)).abs().max().double_value(&[]);
-        assert!(off < 1e-4, "{off}");
+        assert!(logits(true, true) == logits(false, true), "{kind:?}");
     }
 }
 

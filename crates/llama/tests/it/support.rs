@@ -80,8 +80,13 @@ impl Loaded {
 
     /// For this crate's kernels, or for libtorch's operations.
     pub(crate) fn packed(dir: &Path, comm: &dyn Communicator, pack: bool) -> Self {
+        Self::with(dir, comm, LoadOptions { pack, ..LoadOptions::default() })
+    }
+
+    /// With these options but for the rank.
+    pub(crate) fn with(dir: &Path, comm: &dyn Communicator, options: LoadOptions) -> Self {
         let (tp_rank, tp) = (comm.rank(), comm.world_size());
-        let options = LoadOptions { tp_rank, tp, pack, ..LoadOptions::default() };
+        let options = LoadOptions { tp_rank, tp, ..options };
         Self { model: load(dir, &options), tokenizer: Tokenizer::open(dir).unwrap() }
     }
 

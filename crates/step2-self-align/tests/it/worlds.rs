@@ -1,14 +1,16 @@
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Duration;
 
+use dromedary_llama::{DEFAULT_MAX_SHARD_SIZE, QuantizeOptions, quantize};
 use dromedary_self_align::Done;
 use rustix::process::{Signal, kill_process};
 
 use crate::faults::{flags, with};
 use crate::job;
 use crate::kills::{assert_whole, numbered, rows, until_rows, world};
-use crate::support::folder_of;
+use crate::support::{folder_of, run_to, stories260k};
 
 /// So many prompts that one group has not done them all before the other begins.
 const PROMPTS: usize = 240;
@@ -102,4 +104,56 @@ fn a_signal_stops_groups_of_several_ranks_at_a_row() {
     let after = rows(folder);
     assert!(before.iter().all(|row| after.contains(row)));
     assert_whole(folder, 2, &of_one_group(MANY), "after the signal");
+}
+
+/// A model that `llama quantize` has written, on one rank and on two, with a kept prefix.
+#[test]
+fn rows_from_four_bits_are_those_of_the_dequantised_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("nf4");
+    let options = QuantizeOptions {
+        checkpoint: stories260k(),
+        output: model.clone(),
+        max_shard_size: DEFAULT_MAX_SHARD_SIZE,
+        verify: false,
+    };
+    quantize(&options, &mut |_| ControlFlow::Continue(())).unwrap();
+    let prompts = numbered(12);
+    let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
+    let answered = |ranks: usize, more: &[&str]| {
+        let own = folder_of(&prompts);
+        let flags = with(&flags(own.path()), "--checkpoint", model.to_str().unwrap());
+        let mut flags = with(&flags, "--temperature", "0");
+        flags.extend(more.iter().map(|flag| (*flag).to_owned()));
+        let end = job::start(world(&flags, ranks, ranks), &[]).finish();
+        end.assert_success();
+        (rows(own.path()), end.said.contains("linear layers stay in four bits"))
+    };
+    let (want, kept) = answered(1, &["--bits", "16"]);
+    assert!(want.len() == prompts.len() && !kept);
+    let cache = folder.path().join("prefixes");
+    let cached = ["--prefix-cache", cache.to_str().unwrap()];
+    for (ranks, more) in [(1, &[][..]), (1, &cached[..]), (1, &cached[..]), (2, &["--bits", "4"])] {
+        assert_eq!(answered(ranks, more), (want.clone(), true), "{ranks} ranks, {more:?}");
+    }
+    // The plan knows it, and what is not stored so is refused.
+    let own = folder_of(&prompts);
+    let planned = |checkpoint: &Path, more: &str| {
+        let checkpoint = checkpoint.display();
+        let command = format!(
+            "plan --checkpoint {checkpoint} --input-file prompts.json --meta-prompt-file prompt.txt \
+             --max-seq-len 200 --max-gen-len 24 --device cpu {more}"
+        );
+        let output = crate::support::run(own.path(), &command);
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert_eq!(planned(&model, ""), planned(&stories260k(), "--bits 4"));
+    assert_eq!(planned(&model, "--bits 16"), planned(&stories260k(), ""));
+    let command = format!(
+        "generate --checkpoint {} --input-file prompts.json --output-file rows.jsonl --bits 4 \
+         --meta-prompt-file prompt.txt --max-seq-len 200 --max-gen-len 24",
+        stories260k().display()
+    );
+    let said = run_to(1, own.path(), &command);
+    assert!(said.contains("--bits 4") && said.contains("llama quantize"), "{said}");
 }

@@ -12,8 +12,8 @@ pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
 }
 
 /// # Safety
-/// The CPU must have AVX2 and FMA.
-#[target_feature(enable = "avx2,fma")]
+/// The CPU must have AVX2, FMA and F16C.
+#[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx2(()))
 }
@@ -99,7 +99,35 @@ impl Simd for Avx512 {
     fn scale_by_power(self, a: __m512, n: __m512) -> __m512 {
         with_instructions!(_mm512_scalef_ps(a, n))
     }
+    #[inline(always)]
+    fn look_up(self, table: __m512, codes: u64) -> __m512 {
+        with_instructions!({
+            let shifts =
+                _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+            let codes = _mm512_srlv_epi32(_mm512_set1_epi64(codes as i64), shifts);
+            // It looks at the last four bits of each.
+            _mm512_permutexvar_ps(codes, table)
+        })
+    }
+    #[inline(always)]
+    fn round_to_bf16(self, a: __m512) -> __m512 {
+        with_instructions!({
+            let bits = _mm512_castps_si512(a);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let half = _mm512_add_epi32(odd, _mm512_set1_epi32(BELOW_HALF));
+            let kept = _mm512_set1_epi32(BF16_BITS);
+            _mm512_castsi512_ps(_mm512_and_si512(_mm512_add_epi32(bits, half), kept))
+        })
+    }
+    #[inline(always)]
+    fn round_to_f16(self, a: __m512) -> __m512 {
+        with_instructions!(_mm512_cvtph_ps(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(a)))
+    }
 }
+
+/// What bf16 keeps of an f32, and what is just below a half of the last of these bits.
+const BF16_BITS: i32 = !0xffff;
+const BELOW_HALF: i32 = 0x7fff;
 
 /// AVX2 with FMA; the field is private, so that a value proves that the CPU has them.
 #[derive(Clone, Copy)]
@@ -108,6 +136,29 @@ pub(super) struct Avx2(());
 type Pair = (__m256, __m256);
 
 impl Avx2 {
+    /// The entries whose numbers are in the last four bits of `codes`.
+    #[inline(always)]
+    fn entry(self, table: Pair, codes: __m256i) -> __m256 {
+        with_instructions!({
+            // Both halves by the last three bits, and the fourth one where a choice looks for it.
+            let low = _mm256_permutevar8x32_ps(table.0, codes);
+            let high = _mm256_permutevar8x32_ps(table.1, codes);
+            let is_high = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(codes));
+            _mm256_blendv_ps(low, high, is_high)
+        })
+    }
+
+    #[inline(always)]
+    fn half_to_bf16(self, a: __m256) -> __m256 {
+        with_instructions!({
+            let bits = _mm256_castps_si256(a);
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let half = _mm256_add_epi32(odd, _mm256_set1_epi32(BELOW_HALF));
+            let kept = _mm256_set1_epi32(BF16_BITS);
+            _mm256_castsi256_ps(_mm256_and_si256(_mm256_add_epi32(bits, half), kept))
+        })
+    }
+
     /// `2^n`, by its bits.
     #[inline(always)]
     fn power(self, n: __m256) -> __m256 {
@@ -157,6 +208,27 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn scale_by_power(self, a: Pair, n: Pair) -> Pair {
         self.mul(a, (self.power(n.0), self.power(n.1)))
+    }
+    #[inline(always)]
+    fn look_up(self, table: Pair, codes: u64) -> Pair {
+        with_instructions!({
+            let codes = _mm256_set1_epi64x(codes as i64);
+            let shifts = _mm256_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12);
+            let first = _mm256_srlv_epi32(codes, shifts);
+            let second = _mm256_srli_epi32::<16>(first);
+            (self.entry(table, first), self.entry(table, second))
+        })
+    }
+    #[inline(always)]
+    fn round_to_bf16(self, a: Pair) -> Pair {
+        (self.half_to_bf16(a.0), self.half_to_bf16(a.1))
+    }
+    #[inline(always)]
+    fn round_to_f16(self, a: Pair) -> Pair {
+        with_instructions!((
+            _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(a.0)),
+            _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(a.1)),
+        ))
     }
 }
 

@@ -1,0 +1,110 @@
+//! Products with a weight whose numbers are made block by block, when they are needed.
+
+// Shapes: T = tokens, I = in features, O = out features.
+
+use std::ops::Range;
+
+use dromedary_torch_ext::{F32Buffer, Rows};
+use tch::Tensor;
+
+use super::{
+    Kernels,
+    panels::DEPTH,
+    simd::{Columns, Kernel, MAX_ROWS, MAX_UNITS, Product, Simd, UNIT, Units, even_parts},
+    tasks,
+};
+use crate::{Error, Result};
+
+/// Rows of a weight whose numbers exist at once.
+const GROUP: usize = MAX_UNITS * UNIT;
+
+/// A weight `(O, I)` that is kept in another form than its numbers.
+pub(crate) trait MakesPanels: Sync {
+    /// Writes some columns of at most 16 rows, the first of which is a multiple of 16: column `k` of them
+    /// to `panel[16 k..]`, lane by lane. What stands in the lanes of missing rows is not looked at.
+    fn make<S: Simd>(&self, simd: S, rows: Range<usize>, columns: Range<usize>, panel: &mut [f32]);
+}
+
+impl Kernels {
+    /// `x W^T`: to the last bit what a [`PackedWeight`](super::PackedWeight) of the same numbers gives. A
+    /// thread has a block of 64 rows and 144 columns at a time, which stays in its first-level cache.
+    ///
+    /// # Shapes
+    /// x: `(T, I)`, weight: `sizes`, `[O, I]`, result: `(T, O)`.
+    pub(crate) fn multiply_made(
+        self,
+        x: &Tensor,
+        weight: &impl MakesPanels,
+        [out_features, depth]: [usize; 2],
+    ) -> Result<Tensor> {
+        let x = x.f_contiguous()?;
+        let (tokens, columns) = x.size2()?;
+        if columns as usize != depth {
+            return Err(Error::Torch(tch::TchError::Torch(format!(
+                "the input is [{tokens}, {columns}], the weight [{out_features}, {depth}]"
+            ))));
+        }
+        let width = out_features.next_multiple_of(UNIT);
+        let size = [tokens, width as i64];
+        // A product over no features writes nothing.
+        let mut out =
+            if depth > 0 { F32Buffer::unfilled(&size)? } else { F32Buffer::zeros(&size)? };
+        let x = Rows::of(&x)?;
+        if tokens > 0 {
+            let groups: Vec<_> =
+                (0..width).step_by(GROUP).map(|start| start..(start + GROUP).min(width)).collect();
+            let columns = Columns::of(out.values_mut(), width).cut(&groups);
+            let x = x.values();
+            tasks::run(
+                groups.into_iter().zip(columns).collect(),
+                || vec![0.0; DEPTH * GROUP],
+                |panels, (group, out)| {
+                    let rows = group.start..group.end.min(out_features);
+                    self.level.run(Made { x, depth, weight, rows, panels, out });
+                },
+            )?;
+        }
+        let out = out.into_tensor();
+        let whole = width == out_features;
+        Ok(if whole { out } else { out.f_narrow(1, 0, out_features as i64)?.f_contiguous()? })
+    }
+}
+
+/// `y = x W^T` for some rows of W.
+struct Made<'a, 'o, W> {
+    x: &'a [f32], // (T, I)
+    depth: usize,
+    weight: &'a W,
+    rows: Range<usize>,
+    panels: &'a mut [f32],
+    out: Columns<'o>, // (T, rows, to whole units)
+}
+
+impl<W: MakesPanels> Kernel for Made<'_, '_, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        let units = self.rows.len().div_ceil(UNIT);
+        for block in even_parts(self.depth, DEPTH) {
+            let panel = block.len() * UNIT;
+            for (unit, start) in self.rows.clone().step_by(UNIT).enumerate() {
+                let rows = start..(start + UNIT).min(self.rows.end);
+                let panel = &mut self.panels[unit * panel..][..panel];
+                self.weight.make(simd, rows, block.clone(), panel);
+            }
+            for rows in even_parts(self.out.rows(), MAX_ROWS) {
+                Product {
+                    a: &self.x[rows.start * self.depth + block.start..],
+                    a_row: self.depth,
+                    a_step: 1,
+                    b: Units { values: self.panels, row: UNIT, unit: panel },
+                    depth: block.len(),
+                    accumulate: block.start > 0,
+                    fetch: None,
+                }
+                .run(simd, &mut self.out, (rows, units), 0);
+            }
+        }
+    }
+}
