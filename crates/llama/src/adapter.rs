@@ -169,19 +169,14 @@ impl Adapter {
         let mut specs = Vec::new();
         for (module, pair) in &self.tensors {
             for (key, tensor) in [("lora_A", &pair.lora_a), ("lora_B", &pair.lora_b)] {
-                specs.push(self.spec(target, format!("{PREFIX}{module}.{key}.weight"), tensor)?);
+                specs.push(self.spec(target, factor_name(module, key), tensor)?);
             }
         }
-        let mut writer = SafetensorsWriter::create(dir, target, WEIGHTS, specs)?;
+        let mut writer = AdapterWriter::of_specs([dir, target], &self.config, specs)?;
         for (module, pair) in &self.tensors {
-            writer.append(&format!("{PREFIX}{module}.lora_A.weight"), &pair.lora_a)?;
-            writer.append(&format!("{PREFIX}{module}.lora_B.weight"), &pair.lora_b)?;
+            writer.append(module, pair)?;
         }
-        writer.finish()?;
-        let path = target.join(CONFIG);
-        let text = serde_json::to_string_pretty(&PeftConfig::of(&self.config))
-            .map_err(|source| Error::Json { path: path.clone(), source })?;
-        fs::write(dir.join(CONFIG), text + "\n").map_err(Error::io(&path))
+        writer.finish()
     }
 
     fn spec(&self, dir: &Path, name: String, tensor: &Tensor) -> Result<TensorSpec> {
@@ -191,6 +186,66 @@ impl Adapter {
         })?;
         Ok(TensorSpec { name, dtype, shape: tensor.size() })
     }
+}
+
+/// Writes an adapter's two files a module at a time, for those who do not hold all of them at once.
+#[derive(Debug)]
+pub struct AdapterWriter {
+    factors: SafetensorsWriter,
+}
+
+impl AdapterWriter {
+    /// Begins the files in an existing folder that the caller publishes; the factors will be f32.
+    /// `shapes` are modules in the order in which they will come, with the (out, in) features of each,
+    /// as [`LoraConfig::modules`] gives them.
+    ///
+    /// # Errors
+    /// [`Error::Io`], such as a full disk.
+    pub fn create(dir: &Path, config: &LoraConfig, shapes: &[(String, [i64; 2])]) -> Result<Self> {
+        let spec = |module: &str, key: &str, shape: [i64; 2]| TensorSpec {
+            name: factor_name(module, key),
+            dtype: Dtype::F32,
+            shape: shape.to_vec(),
+        };
+        let pair = |(module, [out, inner]): &(String, [i64; 2])| {
+            [spec(module, "lora_A", [config.r, *inner]), spec(module, "lora_B", [*out, config.r])]
+        };
+        Self::of_specs([dir, dir], config, shapes.iter().flat_map(pair).collect())
+    }
+
+    fn of_specs(
+        [dir, target]: [&Path; 2],
+        config: &LoraConfig,
+        specs: Vec<TensorSpec>,
+    ) -> Result<Self> {
+        let path = target.join(CONFIG);
+        let text = serde_json::to_string_pretty(&PeftConfig::of(config))
+            .map_err(|source| Error::Json { path: path.clone(), source })?;
+        fs::write(dir.join(CONFIG), text + "\n").map_err(Error::io(&path))?;
+        Ok(Self { factors: SafetensorsWriter::create(dir, target, WEIGHTS, specs)? })
+    }
+
+    /// Writes the factors of the next module.
+    ///
+    /// # Errors
+    /// [`Error::Write`] for another module or other shapes, [`Error::NonFinite`], [`Error::Io`].
+    pub fn append(&mut self, module: &str, pair: &LoraPair) -> Result<()> {
+        self.factors.append(&factor_name(module, "lora_A"), &pair.lora_a)?;
+        self.factors.append(&factor_name(module, "lora_B"), &pair.lora_b)
+    }
+
+    /// Ends the files.
+    ///
+    /// # Errors
+    /// [`Error::Write`] if a module is missing, [`Error::Io`].
+    pub fn finish(self) -> Result<()> {
+        self.factors.finish().map(drop)
+    }
+}
+
+/// A factor's name in PEFT's file.
+fn factor_name(module: &str, key: &str) -> String {
+    format!("{PREFIX}{module}.{key}.weight")
 }
 
 /// An adapter folder whose files are checked, and whose factors are read one module at a time.
@@ -258,7 +313,7 @@ impl AdapterFile {
     /// [`Error::NoSuchTensor`], [`Error::NonFinite`], [`Error::Io`].
     pub fn read(&self, module: &str) -> Result<LoraPair> {
         let whole = |key: &str| {
-            let name = format!("{PREFIX}{module}.{key}.weight");
+            let name = factor_name(module, key);
             let rows = self.file.entry(&name)?.shape[0];
             self.file.read_rows(&name, 0..rows)
         };
@@ -275,7 +330,7 @@ impl AdapterFile {
         let expected: BTreeMap<_, _> = self.config.modules(model)?.into_iter().collect();
         for module in &self.modules {
             let shape = |key: &str| {
-                let name = format!("{PREFIX}{module}.{key}.weight");
+                let name = factor_name(module, key);
                 Ok::<_, Error>(self.file.entry(&name)?.shape.clone())
             };
             let (lora_a, lora_b) = (shape("lora_A")?, shape("lora_B")?);

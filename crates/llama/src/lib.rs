@@ -58,9 +58,10 @@ mod rotary;
 mod save;
 mod shard;
 
-pub use adapter::{Adapter, AdapterFile, LoraConfig, LoraPair};
+pub use adapter::{Adapter, AdapterFile, AdapterWriter, LoraConfig, LoraPair};
 pub use checkpoint::{
-    Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_SIZE, Dtype, Outline, ReadCounters, TensorSpec,
+    Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_SIZE, Dtype, Outline, ReadCounters,
+    SafetensorsWriter, TensorSpec, Written,
 };
 pub use closed_form::{AttentionState, ClosedForm, HalfGradients, LayerPass, MlpState};
 pub use config::{LlamaConfig, RopeScaling, check_tokenizer, eos_token_ids};

@@ -11,14 +11,15 @@ use std::{
 };
 
 use dromedary_files::{AtomicDir, Manifest};
-use dromedary_llama::Adapter;
+use dromedary_llama::{Adapter, Dtype, SafetensorsWriter, TensorSpec};
 use dromedary_parallel::fault_point;
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::{
     error::{Error, Result},
+    optimizer::Entry,
     ranks::Ranks,
     run::ADAPTER_DIR,
     trained::Trained,
@@ -75,46 +76,30 @@ pub(crate) fn save(
     let path = output_dir.join(format!("{PREFIX}{step}"));
     let moments = trained.optimizer.moments(ranks.dp())?;
     if ranks.is_of_first_replica() {
-        let whole = Whole::of(trained, &moments, ranks)?;
-        if ranks.is_first() {
-            write(&path, &whole, state)?;
-        }
+        write(&path, (trained, &moments), state, ranks)?;
     }
     ranks.world().barrier()?;
     Ok(path)
 }
 
-/// What the ranks of a replica hold together.
-struct Whole {
-    adapter: Option<Adapter>,
-    /// Name, value, first and second moment.
-    states: Vec<(String, [Tensor; 3])>,
-}
-
-impl Whole {
-    /// Every rank of the replica must call this; only the first keeps anything.
-    fn of(trained: &Trained, moments: &[Tensor; 2], ranks: &Ranks<'_>) -> Result<Self> {
-        let adapter = trained.adapter(ranks.tp())?;
-        let mut states = Vec::new();
-        for (index, entry) in trained.optimizer.entries().iter().enumerate() {
-            let state = trained.whole_state(index, moments, ranks.tp())?;
-            if ranks.is_first() {
-                states.push((entry.name.clone(), state));
-            }
-        }
-        Ok(Self { adapter, states })
-    }
-}
-
-fn write(path: &Path, whole: &Whole, state: &TrainerState) -> Result<()> {
+/// Every rank of the replica must call this; the first writes. What the others hold comes to it an entry at a
+/// time, so that it never has the whole model's numbers.
+fn write(
+    path: &Path,
+    (trained, moments): (&Trained, &[Tensor; 2]),
+    state: &TrainerState,
+    ranks: &Ranks<'_>,
+) -> Result<()> {
     let step = state.position.step;
+    let dir = ranks.is_first().then(|| AtomicDir::replace_existing(path)).transpose()?;
+    let folder = dir.as_ref().map(AtomicDir::path);
     let fault = |point: &str| fault_point(point, step as usize);
-    let dir = AtomicDir::replace_existing(path)?;
-    if let Some(adapter) = &whole.adapter {
-        adapter.write_into(dir.path())?;
+    trained.write_adapter(folder, ranks.tp())?;
+    if folder.is_some() {
+        fault("after-shard")?;
     }
-    fault("after-shard")?;
-    write_states(&dir.path().join(OPTIMIZER_FILE), whole)?;
+    write_states(folder.zip(Some(path)), trained, moments, ranks)?;
+    let Some(dir) = dir else { return Ok(()) };
     let text = serde_json::to_vec_pretty(state)
         .map_err(|error| damaged(path, format!("state: {error}")))?;
     dromedary_files::write_atomic(dir.path().join(STATE_FILE), &text)?;
@@ -339,37 +324,49 @@ pub(crate) fn value_of(adapter: &Adapter, entry: &str) -> Option<Tensor> {
     Some(value.shallow_clone())
 }
 
-fn write_states(path: &Path, whole: &Whole) -> Result<()> {
-    let mut buffers = Vec::new();
-    for (name, [value, m, v]) in &whole.states {
-        let shape: Vec<usize> = value.size().iter().map(|&size| size as usize).collect();
-        if whole.adapter.is_none() {
-            buffers.push((name.clone(), shape.clone(), bytes_of(value)?));
+/// Writes the moments of all entries, and their values where weights are trained, on the rank that has
+/// a folder and the name that it will have. Every rank of the replica must call this.
+fn write_states(
+    folder: Option<(&Path, &Path)>,
+    trained: &Trained,
+    moments: &[Tensor; 2],
+    ranks: &Ranks<'_>,
+) -> Result<()> {
+    let kinds = ["", MOMENTS[0], MOMENTS[1]];
+    // An adapter has the values in a file of its own.
+    let written = usize::from(!trained.trains_weights())..kinds.len();
+    let name = |entry: &Entry, kind: usize| match kinds[kind] {
+        "" => entry.name.clone(),
+        kind => format!("{}.{kind}", entry.name),
+    };
+    let entries = trained.optimizer.entries();
+    let specs = entries.iter().enumerate().flat_map(|(index, entry)| {
+        written.clone().map(move |kind| TensorSpec {
+            name: name(entry, kind),
+            dtype: Dtype::F32,
+            shape: trained.whole_shape(index),
+        })
+    });
+    let mut writer = match folder {
+        Some((dir, target)) => {
+            Some(SafetensorsWriter::create(dir, target, OPTIMIZER_FILE, specs.collect())?)
         }
-        for (kind, moment) in MOMENTS.iter().zip([m, v]) {
-            buffers.push((format!("{name}.{kind}"), shape.clone(), bytes_of(moment)?));
+        None => None,
+    };
+    for (index, entry) in entries.iter().enumerate() {
+        let state = trained.whole_state(index, moments, ranks.tp())?;
+        let Some(writer) = &mut writer else { continue };
+        for kind in written.clone() {
+            writer.append(&name(entry, kind), &state[kind])?;
         }
     }
-    let views = buffers
-        .iter()
-        .map(|(name, shape, bytes)| Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
-        .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>();
-    views
-        .and_then(|views| safetensors::serialize_to_file(views, None, path))
-        .map_err(|error| damaged(path, error.to_string()))
-}
-
-fn bytes_of(tensor: &Tensor) -> Result<Vec<u8>> {
-    let tensor = tensor.f_to_device(tch::Device::Cpu)?.contiguous();
-    let mut bytes = vec![0; tensor.numel() * size_of::<f32>()];
-    tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
-    Ok(bytes)
+    writer.map_or(Ok(()), |writer| Ok(writer.finish().map(drop)?))
 }
 
 fn read_tensor(file: &SafeTensors<'_>, name: &str, path: &Path) -> Result<Tensor> {
     let view =
         file.tensor(name).map_err(|error| damaged(path, format!("{OPTIMIZER_FILE}: {error}")))?;
-    if view.dtype() != Dtype::F32 {
+    if view.dtype() != safetensors::Dtype::F32 {
         return Err(damaged(path, format!("{OPTIMIZER_FILE}: {name} is {:?}", view.dtype())));
     }
     let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();

@@ -344,15 +344,11 @@ fn publish_adapter(
     ranks: &Ranks<'_>,
 ) -> Result<PathBuf> {
     let path = config.output_dir.join(ADAPTER_DIR);
-    let adapter = match ranks.is_of_first_replica() {
-        true => trained.adapter(ranks.tp())?,
-        false => None,
-    };
-    let Some(card) = card else { return Ok(path) };
-    let dir = AtomicDir::replace_existing(&path)?;
-    if let Some(adapter) = adapter {
-        adapter.write_into(dir.path())?;
+    let dir = card.map(|_| AtomicDir::replace_existing(&path)).transpose()?;
+    if ranks.is_of_first_replica() {
+        trained.write_adapter(dir.as_ref().map(AtomicDir::path), ranks.tp())?;
     }
+    let Some((dir, card)) = dir.zip(card) else { return Ok(path) };
     write_atomic(dir.path().join(CARD_FILE), card.to_string().as_bytes())?;
     write_atomic(dir.path().join(CURVES_FILE), curves::draw(card.lines).as_bytes())?;
     let manifest = Manifest::of_dir(dir.path())?;

@@ -1,10 +1,10 @@
 //! What training changes: the adapters of a model, or all of its weights.
 
-use std::{collections::BTreeMap, ops::Range};
+use std::{collections::BTreeMap, ops::Range, path::Path};
 
 use dromedary_llama::{
-    Adapter, DropoutDraw, Llama, Lora, LoraConfig, LoraDropout, LoraPair, Shard, TrainedPart,
-    TrainedTensor, gather_trained, global_norm, sum_gradients,
+    Adapter, AdapterWriter, DropoutDraw, Llama, Lora, LoraConfig, LoraDropout, LoraPair, Shard,
+    TrainedPart, TrainedTensor, gather_trained, global_norm, sum_gradients,
 };
 use dromedary_parallel::Communicator;
 use rand::{Rng, SeedableRng};
@@ -279,10 +279,7 @@ impl Trained {
 
     /// Trained numbers of the whole model.
     pub fn num_parameters(&self) -> i64 {
-        let entries = self.parts.iter().zip(self.optimizer.entries());
-        entries
-            .map(|(part, entry)| part.shard().full_shape(&entry.shape).iter().product::<i64>())
-            .sum()
+        (0..self.parts.len()).map(|entry| self.whole_shape(entry).iter().product::<i64>()).sum()
     }
 
     /// Takes over a whole model's values and moments, see [`FlatAdamW::restore`], of which each rank has
@@ -328,6 +325,11 @@ impl Trained {
         Ok([whole(&value)?, whole(&m)?, whole(&v)?])
     }
 
+    /// The shape of entry `index` of the whole model.
+    pub fn whole_shape(&self, index: usize) -> Vec<i64> {
+        self.parts[index].shard().full_shape(&self.optimizer.entries()[index].shape)
+    }
+
     /// Copies of the model take over the optimizer's values.
     fn follow(&self) -> Result<()> {
         for leaf in self.leaves.iter().filter(|leaf| leaf.copied) {
@@ -343,17 +345,60 @@ impl Trained {
     /// # Errors
     /// If a rank is gone.
     pub fn adapter(&self, tp: &dyn Communicator) -> Result<Option<Adapter>> {
-        let What::Adapters { config, modules, .. } = &self.what else { return Ok(None) };
-        let value = |leaf: usize| -> Result<Tensor> {
-            let whole = gather_trained(&self.parts[leaf], &self.leaf(leaf).detach(), tp)?;
-            Ok(whole.f_to_device(Device::Cpu)?)
-        };
-        let pair = |(index, module): (usize, &String)| -> Result<_> {
-            let (lora_a, lora_b) = (value(2 * index)?, value(2 * index + 1)?);
-            Ok((module.clone(), LoraPair { lora_a, lora_b }))
-        };
-        let tensors = modules.iter().enumerate().map(pair).collect::<Result<_>>()?;
+        let What::Adapters { config, .. } = &self.what else { return Ok(None) };
+        let mut tensors = BTreeMap::new();
+        self.each_pair(tp, |module, pair| {
+            tensors.insert(module.to_owned(), pair);
+            Ok(())
+        })?;
         Ok(Some(Adapter { config: config.clone(), tensors }))
+    }
+
+    /// Writes what [`Trained::adapter`] would give, a module at a time, into an existing folder on the rank
+    /// that names one; nothing where weights are trained. Every rank of the group that shares the model must
+    /// call this.
+    ///
+    /// # Errors
+    /// If a rank is gone, or the disk is full.
+    pub fn write_adapter(&self, dir: Option<&Path>, tp: &dyn Communicator) -> Result<()> {
+        let What::Adapters { config, modules, .. } = &self.what else { return Ok(()) };
+        let shape = |index: usize| {
+            let [a, b] = [2 * index, 2 * index + 1].map(|entry| self.whole_shape(entry));
+            (modules[index].clone(), [b[0], a[1]])
+        };
+        let shapes: Vec<_> = self.modules_by_name().map(shape).collect();
+        let mut writer = dir.map(|dir| AdapterWriter::create(dir, config, &shapes)).transpose()?;
+        self.each_pair(tp, |module, pair| {
+            writer.as_mut().map_or(Ok(()), |writer| Ok(writer.append(module, &pair)?))
+        })?;
+        Ok(writer.map_or(Ok(()), AdapterWriter::finish)?)
+    }
+
+    /// Gives `take` the factors of each module of the whole model, by the modules' names.
+    fn each_pair(
+        &self,
+        tp: &dyn Communicator,
+        mut take: impl FnMut(&str, LoraPair) -> Result<()>,
+    ) -> Result<()> {
+        let What::Adapters { modules, .. } = &self.what else { return Ok(()) };
+        for index in self.modules_by_name() {
+            let value = |leaf: usize| -> Result<Tensor> {
+                let whole = gather_trained(&self.parts[leaf], &self.leaf(leaf).detach(), tp)?;
+                Ok(whole.f_to_device(Device::Cpu)?)
+            };
+            let (lora_a, lora_b) = (value(2 * index)?, value(2 * index + 1)?);
+            take(&modules[index], LoraPair { lora_a, lora_b })?;
+        }
+        Ok(())
+    }
+
+    fn modules_by_name(&self) -> impl Iterator<Item = usize> + use<> {
+        let mut order = Vec::new();
+        if let What::Adapters { modules, .. } = &self.what {
+            order.extend(0..modules.len());
+            order.sort_by_key(|&index: &usize| &modules[index]);
+        }
+        order.into_iter()
     }
 }
 

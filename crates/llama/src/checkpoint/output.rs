@@ -41,9 +41,11 @@ impl TensorSpec {
 
 /// A complete file as a manifest lists it.
 #[derive(Debug)]
-pub(crate) struct Written {
-    pub(crate) size: u64,
-    pub(crate) blake3: String,
+pub struct Written {
+    /// Its bytes.
+    pub size: u64,
+    /// Their hash, in hexadecimal digits.
+    pub blake3: String,
 }
 
 /// A file whose bytes are hashed on their way to the disk.
@@ -170,9 +172,9 @@ impl Awaited {
     }
 }
 
-/// A safetensors file that is being written.
+/// A safetensors file that is being written, tensor by tensor, in the order that was announced.
 #[derive(Debug)]
-pub(crate) struct SafetensorsWriter {
+pub struct SafetensorsWriter {
     path: PathBuf,
     file: HashedFile,
     awaited: Awaited,
@@ -181,12 +183,10 @@ pub(crate) struct SafetensorsWriter {
 impl SafetensorsWriter {
     /// Creates `name` in the temporary folder `dir` and writes its header; errors name it as it
     /// will be called in `target`.
-    pub(crate) fn create(
-        dir: &Path,
-        target: &Path,
-        name: &str,
-        tensors: Vec<TensorSpec>,
-    ) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`Error::Io`], such as a file of that name; [`Error::Write`] for tensors that no header holds.
+    pub fn create(dir: &Path, target: &Path, name: &str, tensors: Vec<TensorSpec>) -> Result<Self> {
         let path = target.join(name);
         let header = header(&path, &tensors)?;
         let mut file = HashedFile::create(&dir.join(name), &path)?;
@@ -197,7 +197,10 @@ impl SafetensorsWriter {
     }
 
     /// Appends rows of the first tensor that is not complete, which must be `name`.
-    pub(crate) fn append(&mut self, name: &str, rows: &Tensor) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Error::Write`] for another tensor, data type or shape; [`Error::NonFinite`]; [`Error::Io`].
+    pub fn append(&mut self, name: &str, rows: &Tensor) -> Result<()> {
         let (file, path) = (&mut self.file, &self.path);
         self.awaited.accept(name, rows, |bytes| file.write_all(bytes).map_err(Error::io(path)))
     }
@@ -208,7 +211,10 @@ impl SafetensorsWriter {
     }
 
     /// Ends the file; who publishes its folder makes it durable.
-    pub(crate) fn finish(self) -> Result<Written> {
+    ///
+    /// # Errors
+    /// [`Error::Write`] if a tensor is missing, [`Error::Io`].
+    pub fn finish(self) -> Result<Written> {
         self.awaited.finish()?;
         self.file.finish(&self.path)
     }

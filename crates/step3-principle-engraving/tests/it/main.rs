@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that meets an error is to fail")]
 
+mod billion; // a model of a billion parameters on two ranks, for minutes
 mod commands; // the program as a user runs it, interruptions included
 mod faults; // runs that are killed, stopped, or find damaged checkpoints
 mod formats; // data sets of other formats: tokens and masks of Hugging Face's libraries, errors, whole runs

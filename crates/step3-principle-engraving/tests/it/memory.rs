@@ -72,8 +72,8 @@ fn planned(case: &Case, config: &LlamaConfig) -> u64 {
     MemoryPlan::new(&input).unwrap().total()
 }
 
-/// A checkpoint of random numbers.
-pub(crate) fn write_model(dir: &Path, config: &Value) {
+/// Names and shapes of a model's tensors.
+pub(crate) fn shapes(config: &Value) -> Vec<(String, Vec<i64>)> {
     let size = |key: &str| config[key].as_i64().unwrap();
     let (hidden, ffn, vocab) = (size("hidden_size"), size("intermediate_size"), size("vocab_size"));
     let kv = hidden / size("num_attention_heads") * size("num_key_value_heads");
@@ -99,14 +99,19 @@ pub(crate) fn write_model(dir: &Path, config: &Value) {
             shapes.push((format!("model.layers.{layer}.{path}"), shape));
         }
     }
-    let buffers: Vec<_> = shapes
+    shapes.into_iter().map(|(module, shape)| (format!("{module}.weight"), shape)).collect()
+}
+
+/// A checkpoint of random numbers.
+pub(crate) fn write_model(dir: &Path, config: &Value) {
+    let buffers: Vec<_> = shapes(config)
         .into_iter()
         .map(|(name, shape)| {
             let tensor = Tensor::randn(&shape[..], (Kind::Float, Device::Cpu)) * 0.02;
             let mut bytes = vec![0; tensor.numel() * 4];
             tensor.copy_data_u8(&mut bytes, tensor.numel());
             let shape = shape.iter().map(|&size| size as usize).collect();
-            (format!("{name}.weight"), shape, bytes)
+            (name, shape, bytes)
         })
         .collect();
     let views = buffers.iter().map(|(name, shape, bytes): &(String, Vec<usize>, Vec<u8>)| {

@@ -1,5 +1,3 @@
-use std::path::PathBuf;
-
 use dromedary_llama::LoraConfig;
 use dromedary_principle_engraving::{
     AdamWConfig, BatchConfig, Batches, Error, Example, Ranks, Schedule, ScheduleType, Trained,
@@ -38,12 +36,7 @@ fn initial_a(module: usize, [r, columns]: [i64; 2]) -> Tensor {
 
 #[test]
 fn five_steps_on_smollm2_follow_peft() {
-    let Some(dir) = std::env::var_os("DROMEDARY_SMOLLM2").map(PathBuf::from) else {
-        let required = std::env::var_os("DROMEDARY_REQUIRE_TEST_DATA").is_some();
-        assert!(!required, "DROMEDARY_SMOLLM2 must name the model's folder");
-        eprintln!("skipped: DROMEDARY_SMOLLM2 does not name the model's folder");
-        return;
-    };
+    let Some(dir) = support::smollm2() else { return };
     let golden: Golden = serde_json::from_str(include_str!("../data/smollm2_golden.json")).unwrap();
     let examples: Vec<_> = golden
         .rows
