@@ -50,6 +50,7 @@ mod model_card;
 mod optimizer;
 mod plan;
 mod plan_command;
+mod planned_rows;
 mod ranks;
 mod run;
 mod schedule;

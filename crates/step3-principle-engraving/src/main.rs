@@ -79,6 +79,7 @@ fn run_plan(common: &Common, args: PlanArgs) -> anyhow::Result<()> {
     }
     let threads = thread::available_parallelism().map_or(1, |threads| threads.get() as i32);
     tch::set_num_threads(threads);
+    let args = args.with_counted_rows()?;
     let report = PlanReport::new(&args)?;
     let text = match args.json {
         Some(true) => serde_json::to_string_pretty(&report)? + "\n",

@@ -11,8 +11,10 @@ use tch::{Device, Kind};
 
 use crate::{
     activations::ActivationsMode,
+    args::LearnedTurns,
     config::target_modules,
     error::Result,
+    formats::DatasetFormat,
     plan::{MemoryPlan, PlanInput, PlannedRank, PlannedTraining},
 };
 
@@ -41,6 +43,39 @@ pub struct PlanArgs {
     /// Share of the tokens that is learned [default: 0.5].
     #[arg(long, value_name = "SHARE")]
     pub learned: Option<f64>,
+    /// Count rows, tokens and the learned share of this data set, where they are not given.
+    #[arg(long, value_name = "FILE")]
+    pub dataset: Option<PathBuf>,
+    /// Form of its rows [default: by the fields of the first].
+    #[arg(long, value_name = "NAME", requires = "dataset")]
+    pub dataset_format: Option<DatasetFormat>,
+    /// Tokenizer file or folder [default: the checkpoint's].
+    #[arg(
+        long,
+        alias = "tokenizer-path",
+        alias = "tokenizer-name",
+        value_name = "PATH",
+        requires = "dataset"
+    )]
+    pub tokenizer: Option<PathBuf>,
+    /// Glob of the short system prompts of dromedary rows.
+    #[arg(long, value_name = "GLOB", requires = "dataset")]
+    pub meta_prompt_pattern: Option<String>,
+    /// What is learned of a conversation [default: assistant].
+    #[arg(long, value_name = "TURNS", requires = "dataset")]
+    pub learned_turns: Option<LearnedTurns>,
+    /// Jinja template of sharegpt and chat rows [default: the tokenizer's].
+    #[arg(long, value_name = "FILE", requires = "dataset")]
+    pub chat_template: Option<PathBuf>,
+    /// Day that strftime_now of a chat template tells.
+    #[arg(long, value_name = "DATE", requires = "dataset")]
+    pub chat_date: Option<String>,
+    /// Tokens of a source; longer ones lose their beginning [default: 1024].
+    #[arg(long, value_name = "TOKENS", requires = "dataset")]
+    pub source_max_len: Option<usize>,
+    /// Tokens of a target; longer ones lose their end [default: 256].
+    #[arg(long, value_name = "TOKENS", requires = "dataset")]
+    pub target_max_len: Option<usize>,
     /// Rank of the adapters [default: 64].
     #[arg(long, value_name = "R")]
     pub lora_r: Option<i64>,

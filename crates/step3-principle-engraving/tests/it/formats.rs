@@ -423,6 +423,42 @@ fn inspect_shows_each_answer_between_marks() {
     assert!(text.contains(shown), "{text}");
 }
 
+/// What `plan --json` prints.
+fn planned(job: &Job, flags: &[&str]) -> Value {
+    let mut command = Command::new(BINARY);
+    command.arg("plan").arg("--checkpoint").arg(support::stories260k().join("config.json"));
+    let output = command.args(["--gflops", "10", "--json"]).args(flags).current_dir(&job.dir);
+    let output = output.output().unwrap();
+    let plan = serde_json::from_slice(&output.stdout);
+    succeeded(output);
+    plan.unwrap()
+}
+
+#[test]
+fn a_plan_counts_the_rows_of_a_data_set() {
+    let job = Job::new(1);
+    let rows = [
+        json!({"text": "### Human: Who?### Assistant: Tom.### Human: And?### Assistant: Lily too."}),
+        json!({"text": "### Human: Hi.### Assistant: Hello."}),
+    ];
+    fs::write(job.path("rows.json"), serde_json::to_vec(&rows).unwrap()).unwrap();
+    let dataset = read_stories(&rows).unwrap();
+    let lengths: Vec<usize> = dataset.examples.iter().map(|row| row.input_ids.len()).collect();
+    let tokens: usize = lengths.iter().sum();
+    let counted = ["--dataset", "rows.json", "--dataset-format", "oasst1"];
+    let plan = planned(&job, &counted);
+    let learned = dataset.audit.learned_tokens as f64 / tokens as f64;
+    let [mean, longest, learned] =
+        [tokens.div_ceil(2).to_string(), lengths[0].to_string(), learned.to_string()];
+    let told =
+        ["--rows", "2", "--row-tokens", &mean, "--max-row-tokens", &longest, "--learned", &learned];
+    assert_eq!(plan, planned(&job, &told));
+    let last = planned(&job, &[&counted[..], &["--learned-turns", "last"]].concat());
+    assert!(last["flops"].as_f64().unwrap() < plan["flops"].as_f64().unwrap());
+    let more = planned(&job, &[&counted[..], &["--rows", "200"]].concat());
+    assert_eq!(more["tokens"], json!(200 * tokens.div_ceil(2)));
+}
+
 #[test]
 fn a_run_on_conversations_learns_holds_rows_out_and_says_how_it_was_trained() {
     let job = Job::new(1);
