@@ -17,7 +17,7 @@ mod models;
 pub mod packages;
 mod parity;
 mod python;
-mod readme;
+pub mod readme;
 pub mod setup;
 mod terminal;
 mod workspace;

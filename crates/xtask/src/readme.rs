@@ -1,4 +1,5 @@
-//! The README's commands: fenced blocks marked `sh ci` are run as they stand.
+//! The README's commands: fenced blocks marked `sh ci` are run as they stand, those marked `sh slurm` by
+//! the tests under Slurm.
 
 use std::{fs, path::Path};
 
@@ -12,12 +13,16 @@ use crate::{
 /// Folders of the checkout that the commands may name.
 const FOLDERS: [&str; 3] = ["configs", "dummy_data", "prompts"];
 
+/// What marks the blocks of every run.
+const MARK: &str = "sh ci";
+
 /// One fenced block to be run.
 #[derive(Debug, PartialEq, Eq)]
-struct Block {
+pub struct Block {
     /// The line of its first command, from 1.
-    line: usize,
-    text: String,
+    pub line: usize,
+    /// Its commands.
+    pub text: String,
 }
 
 /// Runs every marked block of README.md in order, in a folder of its own with copies of the
@@ -28,8 +33,8 @@ pub(crate) fn run(workspace: &Workspace, model: &Path) -> Result<usize> {
     let readme = workspace.root().join("README.md");
     let text =
         fs::read_to_string(&readme).with_context(|| format!("cannot read {}", readme.display()))?;
-    let blocks = blocks(&text).with_context(|| readme.display().to_string())?;
-    ensure!(!blocks.is_empty(), "{} has no block marked `sh ci`", readme.display());
+    let blocks = blocks(&text, MARK).with_context(|| readme.display().to_string())?;
+    ensure!(!blocks.is_empty(), "{} has no block marked `{MARK}`", readme.display());
     let folder = tempfile::tempdir()?;
     for name in FOLDERS {
         copy_folder(&workspace.root().join(name), &folder.path().join(name))?;
@@ -49,8 +54,12 @@ pub(crate) fn run(workspace: &Workspace, model: &Path) -> Result<usize> {
     Ok(blocks.len())
 }
 
-/// The blocks of a Markdown text whose info string is `sh ci`.
-fn blocks(markdown: &str) -> Result<Vec<Block>> {
+/// The blocks of a Markdown text whose info string is `mark`, such as `sh ci`.
+///
+/// # Errors
+///
+/// A block without an end, by its line.
+pub fn blocks(markdown: &str, mark: &str) -> Result<Vec<Block>> {
     let mut blocks = Vec::new();
     let mut lines = markdown.lines().enumerate();
     while let Some((number, line)) = lines.next() {
@@ -60,7 +69,7 @@ fn blocks(markdown: &str) -> Result<Vec<Block>> {
         if fence < 3 {
             continue;
         }
-        let marked = body[fence..].split_whitespace().eq(["sh", "ci"]);
+        let marked = body[fence..].split_whitespace().eq(mark.split(' '));
         let mut text = Vec::new();
         loop {
             let Some((_, line)) = lines.next() else {
@@ -106,12 +115,13 @@ mod tests {
                     ````\n```sh ci\nquoted\n```\n````\n```sh cinema\nno\n```\n";
         let expected = [(3, "one\n\ntwo"), (13, "three\n  indented")]
             .map(|(line, text)| Block { line, text: text.to_owned() });
-        assert_eq!(blocks(text).unwrap(), expected);
+        assert_eq!(blocks(text, MARK).unwrap(), expected);
+        assert_eq!(blocks(text, "sh cinema").unwrap()[0].text, "no");
     }
 
     #[test]
     fn a_block_without_an_end_is_an_error() {
-        let error = blocks("a\n\n```sh ci\nllama --help\n").unwrap_err();
+        let error = blocks("a\n\n```sh ci\nllama --help\n", MARK).unwrap_err();
         assert!(error.to_string().contains("line 3"), "{error}");
     }
 

@@ -70,6 +70,14 @@ impl Need {
         }
     }
 
+    /// What its packages do beyond lying there.
+    fn consequence(self) -> Option<&'static str> {
+        (self == Self::Slurm).then_some(
+            "where systemd runs, Debian's munge makes a key in /etc/munge and starts munge.service; slurmctld \
+             and slurmd do not start without an /etc/slurm/slurm.conf; the tests use daemons of their own",
+        )
+    }
+
     /// Whether everything but some tests does without it.
     fn is_for_tests(self) -> bool {
         self == Self::Browser
@@ -112,6 +120,9 @@ pub(crate) fn provide(purpose: Purpose, yes: bool) -> Result<()> {
     }
     for need in &lacking {
         say!("lacking: {}", need.what());
+        if let Some(consequence) = need.consequence() {
+            say!("  {consequence}");
+        }
     }
     let means = Means {
         agreed: yes || env::var("CI").is_ok_and(|value| value == "true" || value == "1"),

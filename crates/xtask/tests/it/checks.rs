@@ -72,11 +72,19 @@ fn slurm_is_installed_and_its_tests_are_run_behind_the_others() {
     );
     machine.program("apt-get", &script);
     machine.program("sudo", "[ $1 = -n ] && shift; exec \"$@\"");
+    let already = Path::new("/usr/sbin/slurmctld").exists();
+    let install = "--no-install-recommends munge slurm-wlm slurm-wlm-basic-plugins";
+    if !already {
+        let output = test(&machine, &["--slurm"], "");
+        assert_eq!(output.status.code(), Some(2));
+        assert!(errors(&output).contains(install), "{}", errors(&output));
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(said.contains("starts munge.service"), "{said}");
+        assert_eq!(machine.called(), "");
+    }
     let output = test(&machine, &["--yes", "--slurm"], "");
     assert!(output.status.success(), "{}", errors(&output));
     let called = machine.called();
-    let already = Path::new("/usr/sbin/slurmctld").exists();
-    let install = "--no-install-recommends munge slurm-wlm slurm-wlm-basic-plugins";
     assert_eq!(called.contains(install), !already, "{called}");
     assert_eq!(called.matches("\ntest ").count(), 2, "{called}");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();

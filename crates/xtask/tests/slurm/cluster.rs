@@ -2,47 +2,45 @@ use std::collections::BTreeMap;
 use std::env;
 use std::fs;
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, Weak};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::geteuid;
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
-use signal_hook::low_level::emulate_default_handler;
-use tempfile::TempDir;
+use rustix::process::{Signal, geteuid};
 
-use crate::processes;
+use crate::guardian::Guardian;
+use crate::processes::{self, Stopped};
 
 /// The nodes.
 pub(crate) const NODES: [&str; 2] = ["n1", "n2"];
 
-/// Deadline of whatever should take seconds: against hanging only.
-const LIMIT: Duration = Duration::from_secs(120);
+/// Deadline of whatever should take seconds, or a minute where Slurm counts in minutes: against
+/// hanging only.
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// Time between two looks.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// States that a job does not leave.
+const ENDS: [&str; 6] =
+    ["COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"];
+
 /// One cluster at a time: its jobs have two cores.
 static ONE_CLUSTER: Mutex<()> = Mutex::new(());
 
-/// The cluster that a signal takes down.
-static RUNNING: Mutex<Weak<Daemons>> = Mutex::new(Weak::new());
-
-/// A Slurm of two nodes on this machine, all of it in a temporary folder; dropping it ends every
-/// process of it, those of its jobs too.
+/// A Slurm of two nodes on this machine, all of it in a temporary folder. When it is dropped, or
+/// this process dies, every process of it is killed, those of its jobs too, and the folder removed.
 pub(crate) struct Cluster {
-    daemons: Arc<Daemons>,
+    /// Dropped before the daemons are reaped.
+    guardian: Option<Guardian>,
+    folder: PathBuf,
+    /// munged, slurmctld and two slurmd.
+    daemons: Mutex<Vec<Child>>,
     _alone: MutexGuard<'static, ()>,
-}
-
-/// munged, slurmctld and two slurmd, with the folder that they live in.
-struct Daemons {
-    folder: TempDir,
-    children: Mutex<Vec<Child>>,
 }
 
 /// Fields of one line of `scontrol show job`.
@@ -52,11 +50,11 @@ impl Cluster {
     /// Brings it up; returns when both nodes are idle.
     pub(crate) fn start() -> Self {
         let alone = ONE_CLUSTER.lock().unwrap_or_else(PoisonError::into_inner);
-        take_down_on_signals();
         let folder = tempfile::Builder::new().prefix("slurm-").tempdir().unwrap();
-        let daemons = Arc::new(Daemons { folder, children: Mutex::default() });
-        *RUNNING.lock().unwrap() = Arc::downgrade(&daemons);
-        let cluster = Self { daemons, _alone: alone };
+        let guardian = Some(Guardian::of(folder.path()));
+        // From here on it is the guardian's to remove.
+        let folder = folder.keep();
+        let cluster = Self { guardian, folder, daemons: Mutex::default(), _alone: alone };
         cluster.start_munge();
         cluster.configure();
         cluster.daemon("slurmctld", &["-D"]);
@@ -64,7 +62,10 @@ impl Cluster {
             cluster.start_node(node);
         }
         cluster.wait_until("both nodes are idle", || {
-            let states = cluster.run("sinfo", &["--noheader", "--Node", "--format=%T"]);
+            let asked = ["--noheader", "--Node", "--format=%T"];
+            // It fails while nobody listens yet.
+            let output = cluster.command("sinfo").args(asked).output().unwrap();
+            let states = String::from_utf8_lossy(&output.stdout).into_owned();
             states.lines().count() == NODES.len() && states.lines().all(|state| state == "idle")
         });
         cluster
@@ -117,6 +118,13 @@ impl Cluster {
             gpus += &format!("NodeName={node} Name=gpu File=/dev/zero\n");
         }
         fs::write(folder.join("slurm.conf"), text).unwrap();
+        let prolog = folder.join("prolog");
+        fs::write(
+            &prolog,
+            include_str!("prolog").replace("{folder}", &folder.display().to_string()),
+        )
+        .unwrap();
+        fs::set_permissions(&prolog, fs::Permissions::from_mode(0o755)).unwrap();
         fs::write(folder.join("gres.conf"), gpus).unwrap();
     }
 
@@ -127,12 +135,12 @@ impl Cluster {
 
     /// Kills the daemon of a node and nothing else: its jobs go on, and nobody hears of them.
     pub(crate) fn kill_daemon_of(&self, node: &str) {
-        let mut children = self.daemons.children.lock().unwrap();
+        let mut daemons = self.daemons.lock().unwrap();
         let is_its = |child: &&mut Child| {
             let line = fs::read(format!("/proc/{}/cmdline", child.id())).unwrap_or_default();
             line.ends_with(format!("-N\0{node}\0").as_bytes())
         };
-        let child = children.iter_mut().find(is_its).expect("a running daemon");
+        let child = daemons.iter_mut().find(is_its).expect("a running daemon");
         child.kill().unwrap();
         child.wait().unwrap();
     }
@@ -145,14 +153,14 @@ impl Cluster {
             process.uses(&own) || process.uses(all) && process.has_variable(&runs_there)
         });
         assert!(left.is_empty(), "still on {node}: {left:?}");
-        self.daemons.reap();
+        self.reap();
         // It comes back without what Slurm and PMIx left there.
         fs::remove_dir_all(&own).unwrap();
         fs::create_dir_all(own.join("tmp")).unwrap();
     }
 
     pub(crate) fn folder(&self) -> &Path {
-        self.daemons.folder.path()
+        &self.folder
     }
 
     /// A program as a user of the cluster starts it, in the checkout, with ours on the PATH.
@@ -174,6 +182,8 @@ impl Cluster {
         let temporary = self.folder().join("tmp");
         command.env("TMPDIR", &temporary);
         command.env("OMPI_MCA_btl_vader_backing_directory", &temporary);
+        // Ranks that wait would keep each other, and whatever else runs here, from two cores.
+        command.env("OMPI_MCA_mpi_yield_when_idle", "1");
         command
     }
 
@@ -183,13 +193,19 @@ impl Cluster {
     }
 
     fn daemon(&self, program: &str, arguments: &[&str]) {
-        let mut command = self.command("setpriv");
-        // A test run that is killed leaves no daemon; a Ctrl-C is for the tests, not for them.
-        command.args(["--pdeathsig", "KILL", program]).args(arguments).process_group(0);
+        let mut command = self.command(program);
+        // A Ctrl-C is for the tests, whose end is the daemons' end.
+        command.args(arguments).process_group(0);
         let log = fs::File::create(self.folder().join(format!("{program}.out"))).unwrap();
         command.stdout(log.try_clone().unwrap()).stderr(log);
         let child = command.spawn().unwrap_or_else(|error| panic!("{program}: {error}"));
-        self.daemons.children.lock().unwrap().push(child);
+        self.daemons.lock().unwrap().push(child);
+    }
+
+    /// Takes notice of daemons that have ended.
+    fn reap(&self) {
+        let mut daemons = self.daemons.lock().unwrap_or_else(PoisonError::into_inner);
+        daemons.retain_mut(|child| !matches!(child.try_wait(), Ok(Some(_))));
     }
 
     /// Submits a script of `slurm/` with more flags and with these settings.
@@ -199,18 +215,32 @@ impl Cluster {
         flags: &[&str],
         settings: &[(&str, &Path)],
     ) -> Job<'_> {
-        let export: String =
-            settings.iter().map(|(name, value)| format!(",{name}={}", value.display())).collect();
+        let mut command = self.command("sbatch");
+        let mut export = "--export=ALL".to_owned();
+        for (name, value) in settings {
+            match value.to_str().unwrap() {
+                // A comma would end the value.
+                value if value.contains(',') => _ = command.env(name, value),
+                value => export += &format!(",{name}={value}"),
+            }
+        }
         let log = self.folder().join("%x-%j.log");
-        let output = self
-            .command("sbatch")
-            .args(["--parsable", &format!("--export=ALL{export}")])
-            .arg(format!("--output={}", log.display()))
-            .args(flags)
-            .arg(Path::new("slurm").join(script))
-            .output();
-        let id = succeeded(output, script).trim().to_owned();
-        Job { cluster: self, id }
+        command.args(["--parsable", &export, &format!("--output={}", log.display())]);
+        command.args(flags).arg(Path::new("slurm").join(script));
+        self.job(&succeeded(command.output(), script))
+    }
+
+    /// A job by the number that sbatch has given it.
+    pub(crate) fn job(&self, id: &str) -> Job<'_> {
+        Job { cluster: self, id: id.trim().to_owned() }
+    }
+
+    /// Lets stopped tasks go on as soon as Slurm has sent them a signal, which may do it as well.
+    pub(crate) fn go_on_when_told(&self, tasks: &Stopped, signal: Signal) {
+        self.wait_until(&format!("Slurm has sent {signal:?}"), || {
+            tasks.are_waited_for_by(signal) || !tasks.are_stopped()
+        });
+        tasks.go_on();
     }
 
     /// Looks until `condition` holds; panics with the daemons' last words where it never does.
@@ -240,44 +270,11 @@ impl Cluster {
     }
 }
 
-impl Daemons {
-    fn take_down(&self) {
-        let left = processes::kill(|process| process.uses(self.folder.path()));
-        self.reap();
-        if !left.is_empty() {
-            eprintln!("still running: {left:?}");
-        }
-    }
-
-    /// Takes notice of children that have ended.
-    fn reap(&self) {
-        let mut children = self.children.lock().unwrap_or_else(PoisonError::into_inner);
-        children.retain_mut(|child| !matches!(child.try_wait(), Ok(Some(_))));
-    }
-}
-
-impl Drop for Daemons {
+impl Drop for Cluster {
     fn drop(&mut self) {
-        self.take_down();
+        drop(self.guardian.take());
+        self.reap();
     }
-}
-
-/// Ctrl-C takes the cluster down before it ends the tests.
-fn take_down_on_signals() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        let mut signals = Signals::new([SIGINT, SIGTERM]).unwrap();
-        thread::spawn(move || {
-            for signal in signals.forever() {
-                let running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
-                if let Some(daemons) = running {
-                    daemons.take_down();
-                    let _ = fs::remove_dir_all(daemons.folder.path());
-                }
-                let _ = emulate_default_handler(signal);
-            }
-        });
-    });
 }
 
 /// A job, or the jobs of an array.
@@ -307,11 +304,33 @@ impl Job<'_> {
         states
     }
 
+    /// Waits until faults on purpose have stopped so many of its tasks.
+    #[track_caller]
+    pub(crate) fn stopped(&self, count: usize) -> Stopped {
+        let own = ["SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"].map(|name| format!("{name}={}", self.id));
+        let mut stopped = Vec::new();
+        self.cluster.wait_until(&format!("{count} tasks of job {} are stopped", self.id), || {
+            stopped = processes::find(|process| {
+                process.is_stopped()
+                    && process.uses(self.cluster.folder())
+                    && own.iter().any(|variable| process.has_variable(variable))
+            });
+            let goes_on = |state: &State| !ENDS.contains(&state["JobState"].as_str());
+            assert!(self.states().iter().any(goes_on), "{}", self.log());
+            stopped.len() == count
+        });
+        Stopped(stopped)
+    }
+
+    /// Waits for the end.
+    pub(crate) fn ended(&self) -> Vec<State> {
+        self.until(&ENDS)
+    }
+
     /// Waits for the end, which must be a good one.
     #[track_caller]
     pub(crate) fn complete(&self) -> Vec<State> {
-        let ends = ["COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"];
-        let states = self.until(&ends);
+        let states = self.ended();
         let good = states.iter().all(|state| state["JobState"] == "COMPLETED");
         assert!(good, "{}\n{states:?}\n{}", self.log(), self.cluster.said());
         states
@@ -333,19 +352,21 @@ fn succeeded(output: std::io::Result<Output>, what: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Three ports that nobody uses.
+/// Three ports that nobody uses, below those that Linux deals out to connections meanwhile.
 fn free_ports() -> [u16; 3] {
-    // All are held until all are known: none is given twice.
-    let listeners = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
-    listeners.map(|listener| listener.local_addr().unwrap().port())
+    let begin = 20_000 + (std::process::id() % 1_000) as u16 * 10;
+    let mut free = (begin..32_000).filter(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok());
+    [(); 3].map(|()| free.next().expect("a free port"))
 }
 
-/// The root of the checkout.
+/// The root of the checkout that these tests were started in; several may share one build.
 pub(crate) fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap().to_owned()
+    let package = env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+    package.ancestors().nth(2).unwrap().to_owned()
 }
 
 /// The folder of the built programs, beside that of this test.
-fn programs() -> PathBuf {
+pub(crate) fn programs() -> PathBuf {
     env::current_exe().unwrap().ancestors().nth(2).unwrap().to_owned()
 }

@@ -1,68 +1,76 @@
-use rustix::process::{Signal, kill_process};
+use std::env;
+use std::fs;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::cluster::Cluster;
 use crate::processes;
 use crate::work::Work;
 
 /// Slurm looks every 30 s whose time is nearly over, and counts in minutes. Until it has sent its
-/// signal the task is kept from working, so that it does not finish before.
+/// signal the task is stopped, so that it does not finish before.
 #[test]
 #[ignore = "needs Slurm: cargo xtask test --slurm"]
 fn a_job_whose_time_is_nearly_over_goes_back_into_the_queue_and_finishes() {
-    let (cluster, work) = (Cluster::start(), Work::slow(100));
-    let job = work.submit(&cluster, &["--time=00:01:00", "--signal=USR1@50"], &[]);
-    work.until_in_the_middle(&cluster);
-    let own = format!("SLURM_JOB_ID={}", job.id);
-    let tasks = processes::find(|process| {
-        process.runs("step2-self-align")
-            && process.has_variable(&own)
-            && process.uses(cluster.folder())
-    });
-    let [task] = tasks[..] else { panic!("{tasks:?}") };
-    kill_process(task, Signal::STOP).unwrap();
-    let before = work.rows().len();
-    cluster.wait_until("Slurm has sent its signal", || {
-        // Slurm may let the task go on itself.
-        if processes::is_pending(task, Signal::USR1) {
-            kill_process(task, Signal::CONT).unwrap();
-        }
-        job.log().contains("SIGUSR1")
-    });
+    let cluster = Cluster::start();
+    let work = Work::new(&cluster, 60);
+    let job = work.submit_to_stop_in_the_middle(&["--time=00:01:00", "--signal=USR1@50"]);
+    let task = job.stopped(1);
+    let step = cluster.run("scontrol", &["show", "step", &format!("{}.0", job.id)]);
+    assert!(step.contains("CPUs=8 "), "the script's --cpus-per-task: {step}");
+    cluster.go_on_when_told(&task, Signal::USR1);
     let states = job.complete();
     assert_ne!(states[0]["Restarts"], "0", "{}", job.log());
-    assert!(job.log().contains(" of 100 rows are there"), "{}", job.log());
-    assert!(before < 100, "{before}");
-    work.assert_whole(&cluster);
+    let log = job.log();
+    assert!(log.contains("SIGUSR1") && log.contains(" of 60 rows are there"), "{log}");
+    work.assert_whole();
 }
 
-/// A job that may start once only ends as it was stopped, and says so.
+/// Put back once, as it may be, it ends the second time as it was stopped, and says so. The fault stops
+/// each start before its first row.
 #[test]
 #[ignore = "needs Slurm: cargo xtask test --slurm"]
 fn a_job_that_was_put_back_often_enough_stays_stopped() {
-    let (cluster, work) = (Cluster::start(), Work::slow(400));
-    let job = work.submit(&cluster, &[], &[("MAX_RESTARTS", "0")]);
-    work.until_in_the_middle(&cluster);
-    cluster.run("scancel", &["--signal=USR1", &job.id]);
-    let states = job.until(&["FAILED", "COMPLETED"]);
-    assert_eq!((states[0]["JobState"].as_str(), states[0]["Restarts"].as_str()), ("FAILED", "0"));
-    assert_eq!(states[0]["ExitCode"], "75:0");
-    assert!(job.log().contains("not put back into the queue: MAX_RESTARTS=0"), "{}", job.log());
+    let cluster = Cluster::start();
+    let work = Work::new(&cluster, 60);
+    let fault = "rank=0,point=locked0,how=stop";
+    let job = work.submit(&[], &[("MAX_RESTARTS", "1"), ("DROMEDARY_FAULT", fault)]);
+    for restarts in ["0", "1"] {
+        let states = job.until(&["RUNNING"]);
+        assert_eq!(states[0]["Restarts"], restarts);
+        let task = job.stopped(1);
+        cluster.run("scancel", &["--signal=USR1", &job.id]);
+        cluster.go_on_when_told(&task, Signal::USR1);
+        job.until(&["PENDING", "FAILED"]);
+    }
+    let states = job.until(&["FAILED"]);
+    assert_eq!((states[0]["Restarts"].as_str(), states[0]["ExitCode"].as_str()), ("1", "75:0"));
+    assert!(job.log().contains("not put back into the queue: MAX_RESTARTS=1"), "{}", job.log());
+    work.submit(&[], &[]).complete();
+    work.assert_whole();
 }
 
 #[test]
 #[ignore = "needs Slurm: cargo xtask test --slurm"]
 fn a_cancelled_job_is_continued_by_the_same_line() {
-    let (cluster, work) = (Cluster::start(), Work::slow(60));
-    let job = work.submit(&cluster, &["--nodes=2"], &[]);
-    work.until_in_the_middle(&cluster);
+    let cluster = Cluster::start();
+    let work = Work::new(&cluster, 40);
+    let job = work.submit_to_stop_in_the_middle(&["--nodes=2"]);
+    let first = job.stopped(1);
     cluster.run("scancel", &[&job.id]);
+    cluster.go_on_when_told(&first, Signal::TERM);
     // Its tasks save what they have; until they are gone, another job would be refused.
     cluster.wait_until("the first job is gone", || {
         cluster.run("squeue", &["--noheader", "--jobs", &job.id]).trim().is_empty()
     });
     assert_eq!(job.states()[0]["JobState"], "CANCELLED");
-    work.submit(&cluster, &["--nodes=2"], &[]).complete();
-    work.assert_whole_of_two(&cluster);
+    work.assert_begun();
+    work.submit(&["--nodes=2"], &[]).complete();
+    work.assert_whole();
 }
 
 /// Elements of an array on one node each: the other one does not notice, and Slurm starts the lost one
@@ -70,17 +78,18 @@ fn a_cancelled_job_is_continued_by_the_same_line() {
 #[test]
 #[ignore = "needs Slurm: cargo xtask test --slurm"]
 fn a_lost_node_costs_one_group_which_is_started_anew() {
-    let (cluster, work) = (Cluster::start(), Work::slow(300));
-    let job = work.submit(&cluster, &["--array=0-1", "--exclusive"], &[]);
-    work.until_in_the_middle(&cluster);
-    job.until(&["RUNNING"]);
+    let cluster = Cluster::start();
+    let work = Work::new(&cluster, 24);
+    let job = work.submit_to_stop_in_the_middle(&["--array=0-1", "--exclusive"]);
+    let tasks = job.stopped(2);
     cluster.kill_node("n2");
+    tasks.go_on();
     let states = job.complete();
     let mut restarts: Vec<&str> = states.iter().map(|state| state["Restarts"].as_str()).collect();
     restarts.sort_unstable();
     assert_eq!(restarts, ["0", "1"]);
     assert!(states.iter().all(|state| state["NodeList"] == "n1"), "{states:#?}");
-    work.assert_whole(&cluster);
+    work.assert_whole();
 }
 
 /// A model that is on both nodes cannot go on without one; its job must not wait for ever, and the
@@ -88,18 +97,21 @@ fn a_lost_node_costs_one_group_which_is_started_anew() {
 #[test]
 #[ignore = "needs Slurm: cargo xtask test --slurm"]
 fn a_lost_node_ends_the_job_of_a_model_on_two() {
-    let (cluster, work) = (Cluster::start(), Work::slow(60));
-    let job = work.submit(&cluster, &["--nodes=2"], &[]);
-    work.until_in_the_middle(&cluster);
+    let cluster = Cluster::start();
+    let work = Work::new(&cluster, 24);
+    let job = work.submit_to_stop_in_the_middle(&["--nodes=2"]);
+    let first = job.stopped(1);
     cluster.kill_node("n2");
+    first.go_on();
     // Either Slurm notices first, and starts the job anew, or the script sees its step fail.
     job.until(&["FAILED", "NODE_FAIL", "PENDING"]);
+    work.assert_begun();
     cluster.start_node("n2");
     let states = job.until(&["COMPLETED", "FAILED", "NODE_FAIL"]);
     if states[0]["JobState"] != "COMPLETED" {
-        work.submit(&cluster, &["--nodes=2"], &[]).complete();
+        work.submit(&["--nodes=2"], &[]).complete();
     }
-    work.assert_whole_of_two(&cluster);
+    work.assert_whole();
 }
 
 /// A daemon that dies alone leaves its job computing, and Slurm starts it anew on the other node.
@@ -107,9 +119,10 @@ fn a_lost_node_ends_the_job_of_a_model_on_two() {
 #[test]
 #[ignore = "needs Slurm: cargo xtask test --slurm"]
 fn a_job_that_slurm_has_lost_sight_of_is_not_done_twice() {
-    let (cluster, work) = (Cluster::start(), Work::slow(300));
-    let job = work.submit(&cluster, &["--nodelist=n1"], &[]);
-    work.until_in_the_middle(&cluster);
+    let cluster = Cluster::start();
+    let work = Work::new(&cluster, 24);
+    let job = work.submit_to_stop_in_the_middle(&["--nodelist=n1"]);
+    let task = job.stopped(1);
     cluster.kill_daemon_of("n1");
     // What Slurm does by itself half a minute later.
     cluster.run("scontrol", &["update", "NodeName=n1", "State=DOWN", "Reason=lost"]);
@@ -118,6 +131,54 @@ fn a_job_that_slurm_has_lost_sight_of_is_not_done_twice() {
     cluster.run("scontrol", &["update", &format!("JobId={}", job.id), "ReqNodeList="]);
     job.until(&["FAILED"]);
     assert!(job.log().contains("aligned.jsonl is in use"), "{}", job.log());
+    task.go_on();
     cluster.wait_until("the first start ends", || !work.finished().is_empty());
-    work.assert_whole(&cluster);
+    work.assert_whole();
+}
+
+/// Makes the test below bring up a cluster and end in this way.
+const END: &str = "SLURM_TESTS_END";
+
+/// Tests that fail, and tests that are killed, leave no process and no file.
+#[test]
+#[ignore = "needs Slurm: cargo xtask test --slurm"]
+fn nothing_is_left_of_tests_however_they_end() {
+    if let Some(end) = env::var_os(END) {
+        let cluster = Cluster::start();
+        let work = Work::new(&cluster, 24);
+        let _task = work.submit_to_stop_in_the_middle(&[]).stopped(1);
+        fs::write(env::temp_dir().join("begun"), "").unwrap();
+        assert!(end != "panic", "on purpose");
+        loop {
+            thread::park();
+        }
+    }
+    for (end, signal) in
+        [("panic", None), ("signal", Some(Signal::TERM)), ("signal", Some(Signal::KILL))]
+    {
+        let folder = tempfile::tempdir().unwrap();
+        let mut tests = Command::new(env::current_exe().unwrap());
+        tests.args(["--ignored", "--exact", "losses::nothing_is_left_of_tests_however_they_end"]);
+        tests.env(END, end).env("TMPDIR", folder.path()).stdout(Stdio::null());
+        let mut tests = tests.stderr(Stdio::null()).spawn().unwrap();
+        let begun = folder.path().join("begun");
+        until("they have a job", || begun.exists());
+        if let Some(signal) = signal {
+            kill_process(Pid::from_child(&tests), signal).unwrap();
+        }
+        let status = tests.wait().unwrap();
+        assert_eq!(status.signal(), signal.map(Signal::as_raw));
+        fs::remove_file(begun).unwrap();
+        until("the folder is empty", || fs::read_dir(&folder).unwrap().next().is_none());
+        let left = processes::find(|process| process.uses(folder.path()));
+        assert!(left.is_empty(), "{end} {signal:?}: {left:?}");
+    }
+}
+
+fn until(what: &str, condition: impl Fn() -> bool) {
+    let begin = Instant::now();
+    while !condition() {
+        assert!(begin.elapsed() < Duration::from_secs(120), "{what}");
+        thread::sleep(Duration::from_millis(50));
+    }
 }

@@ -5,11 +5,17 @@
 
 /// A Slurm of two nodes on this machine.
 mod cluster;
+/// What ends a cluster, whatever ends the tests.
+mod guardian;
 /// Jobs that are left alone.
 mod jobs;
 /// Jobs that are stopped, cancelled, and whose node dies.
 mod losses;
 /// Processes by what they hold open.
 mod processes;
-/// What jobs read and write.
+/// The README's lines for a newcomer.
+mod readme;
+/// Jobs of step 3.
+mod training;
+/// What jobs of step 2 read and write.
 mod work;

@@ -11,8 +11,8 @@ const GONE: Duration = Duration::from_secs(20);
 
 /// A process of this machine as /proc shows it; what cannot be read is empty.
 pub(crate) struct Process {
-    pub(crate) pid: Pid,
-    program: Option<PathBuf>,
+    pid: Pid,
+    is_stopped: bool,
     environment: Vec<u8>,
     /// Working folder and open files.
     files: Vec<PathBuf>,
@@ -25,7 +25,7 @@ impl Process {
         let links = entries.map(|entry| entry.path()).chain([folder.join("cwd")]);
         Some(Self {
             pid,
-            program: fs::read_link(folder.join("exe")).ok(),
+            is_stopped: is_stopped(&folder.join("stat")),
             environment: fs::read(folder.join("environ")).unwrap_or_default(),
             files: links.filter_map(|link| fs::read_link(link).ok()).collect(),
         })
@@ -36,9 +36,9 @@ impl Process {
         self.environment.split(|byte| *byte == 0).any(|other| other == variable.as_bytes())
     }
 
-    /// Whether it runs a program of this name.
-    pub(crate) fn runs(&self, name: &str) -> bool {
-        self.program.as_ref().is_some_and(|program| program.ends_with(name))
+    /// Whether a signal has stopped it.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.is_stopped
     }
 
     /// Whether it works in the folder, or knows it, or has something open in it.
@@ -47,6 +47,38 @@ impl Process {
         self.files.iter().any(|file| file.starts_with(folder))
             || self.environment.windows(name.len()).any(|part| part == name)
     }
+}
+
+/// Whether the state behind the name, which may hold anything, is T.
+fn is_stopped(stat: &Path) -> bool {
+    let text = fs::read_to_string(stat).unwrap_or_default();
+    text.rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('T'))
+}
+
+/// Processes that were stopped.
+pub(crate) struct Stopped(pub(crate) Vec<Pid>);
+
+impl Stopped {
+    /// Lets those go on that still live.
+    pub(crate) fn go_on(&self) {
+        for pid in &self.0 {
+            let _ = kill_process(*pid, Signal::CONT);
+        }
+    }
+
+    /// Whether all are stopped.
+    pub(crate) fn are_stopped(&self) -> bool {
+        self.0.iter().all(|pid| is_stopped(&file_of(*pid, "stat")))
+    }
+
+    /// Whether a signal waits for each, which does not take it while it is stopped.
+    pub(crate) fn are_waited_for_by(&self, signal: Signal) -> bool {
+        self.0.iter().all(|pid| is_pending(*pid, signal))
+    }
+}
+
+fn file_of(pid: Pid, name: &str) -> PathBuf {
+    format!("/proc/{}/{name}", pid.as_raw_nonzero()).into()
 }
 
 /// All other processes for which `wanted` holds.
@@ -60,10 +92,8 @@ pub(crate) fn find(wanted: impl Fn(&Process) -> bool) -> Vec<Pid> {
         .collect()
 }
 
-/// Whether a signal waits for the process, which does not take it while it is stopped.
-pub(crate) fn is_pending(pid: Pid, signal: Signal) -> bool {
-    let path = format!("/proc/{}/status", pid.as_raw_nonzero());
-    let status = fs::read_to_string(path).unwrap_or_default();
+fn is_pending(pid: Pid, signal: Signal) -> bool {
+    let status = fs::read_to_string(file_of(pid, "status")).unwrap_or_default();
     let masks = ["SigPnd:", "ShdPnd:"].iter().filter_map(|name| {
         let mask = status.lines().find_map(|line| line.strip_prefix(name))?;
         u64::from_str_radix(mask.trim(), 16).ok()

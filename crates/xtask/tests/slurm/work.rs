@@ -13,11 +13,15 @@ const BEGINNINGS: [&str; 6] =
 
 /// Settings for a LLaMA of 260,000 parameters: rows of any company and any number of processes are
 /// equal to the last bit.
-const QUICK: &str = "[generate]\nmax_seq_len = 200\nmax_gen_len = 24\nmax_batch_size = 2\n\
+const SETTINGS: &str = "[generate]\nmax_seq_len = 200\nmax_gen_len = 24\nmax_batch_size = 2\n\
     temperature = 1.0\ntop_p = 1.0\ndeterministic = true\ndevice = \"cpu\"\nthreads = 1\n";
 
+/// Rows that a group has written when [`Work::stop_in_the_middle`] stops it.
+const MIDDLE: usize = 4;
+
 /// A folder of prompts for step 2, and of its answers.
-pub(crate) struct Work {
+pub(crate) struct Work<'a> {
+    cluster: &'a Cluster,
     folder: TempDir,
     prompts: usize,
 }
@@ -27,22 +31,15 @@ pub(crate) fn model() -> PathBuf {
     root().join("crates/llama/tests/data/stories260k")
 }
 
-impl Work {
+/// A folder that goes with the cluster.
+pub(crate) fn folder_in(cluster: &Cluster) -> TempDir {
+    tempfile::tempdir_in(cluster.folder()).unwrap()
+}
+
+impl<'a> Work<'a> {
     /// So many prompts, each answered in 24 tokens.
-    pub(crate) fn quick(prompts: usize) -> Self {
-        Self::with(prompts, QUICK)
-    }
-
-    /// So many prompts, one after the other and in up to 180 tokens: some hundredths of a second each.
-    pub(crate) fn slow(prompts: usize) -> Self {
-        let settings = QUICK
-            .replace("max_gen_len = 24", "max_gen_len = 180")
-            .replace("max_batch_size = 2", "max_batch_size = 1");
-        Self::with(prompts, &settings)
-    }
-
-    fn with(prompts: usize, settings: &str) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+    pub(crate) fn new(cluster: &'a Cluster, prompts: usize) -> Self {
+        let folder = folder_in(cluster);
         let rows: Vec<_> = (0..prompts)
             .map(|n| format!("{} {n}", BEGINNINGS[n % BEGINNINGS.len()]))
             .map(|text| serde_json::json!({"instruction": text, "input": ""}))
@@ -50,32 +47,34 @@ impl Work {
         let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
         write("prompts.json", &serde_json::to_string(&rows).unwrap());
         write("prompt.txt", SHORT_PROMPT);
-        write("settings.toml", settings);
-        Self { folder, prompts }
+        write("settings.toml", SETTINGS);
+        Self { cluster, folder, prompts }
     }
 
-    pub(crate) fn path(&self, name: &str) -> PathBuf {
+    fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
     /// Submits step 2 with more flags and settings.
-    pub(crate) fn submit<'a>(
-        &self,
-        cluster: &'a Cluster,
-        flags: &[&str],
-        settings: &[(&str, &str)],
-    ) -> Job<'a> {
+    pub(crate) fn submit(&self, flags: &[&str], settings: &[(&str, &str)]) -> Job<'a> {
         let (model, prompt, config) =
             (model(), self.path("prompt.txt"), self.path("settings.toml"));
         let own = [
             ("MODEL", model.as_path()),
             ("OUT", self.folder.path()),
             ("PROMPT", &prompt),
-            ("CONFIG", &config),
+            ("STEP2_CONFIG", &config),
         ];
         let more = settings.iter().map(|(name, value)| (*name, Path::new(*value)));
         let settings: Vec<_> = own.into_iter().chain(more).collect();
-        cluster.submit("step2.sbatch", flags, &settings)
+        self.cluster.submit("step2.sbatch", flags, &settings)
+    }
+
+    /// Submits a job in which the first task of each group stops itself behind its fourth row. One that is
+    /// started anew finds these rows and does not stop again.
+    pub(crate) fn submit_to_stop_in_the_middle(&self, flags: &[&str]) -> Job<'a> {
+        let fault = format!("rank=0,point=row-written{MIDDLE},how=stop");
+        self.submit(flags, &[("DROMEDARY_FAULT", &fault)])
     }
 
     /// Every whole row there is, sorted.
@@ -83,32 +82,17 @@ impl Work {
         rows_of(self.folder.path())
     }
 
-    /// Waits until some rows are there, and not all of them.
-    pub(crate) fn until_in_the_middle(&self, cluster: &Cluster) {
-        cluster.wait_until("there are rows", || self.rows().len() >= 3);
-        assert!(self.rows().len() < self.prompts, "all rows were there at once");
+    /// Some rows are there, and others not.
+    #[track_caller]
+    pub(crate) fn assert_begun(&self) {
+        let rows = self.rows().len();
+        assert!((MIDDLE..self.prompts).contains(&rows), "{rows} of {}", self.prompts);
     }
 
     /// Every row is there once, as one process by itself makes it.
     #[track_caller]
-    pub(crate) fn assert_whole(&self, cluster: &Cluster) {
-        self.assert_as_made_by(cluster, &["step2-self-align"]);
-    }
-
-    /// The same for a model that two processes hold: in long texts a token may come close enough to
-    /// another one for the order of sums to decide between them.
-    #[track_caller]
-    pub(crate) fn assert_whole_of_two(&self, cluster: &Cluster) {
-        let launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none"];
-        self.assert_as_made_by(
-            cluster,
-            &[&launcher[..], &["-n", "2", "step2-self-align"]].concat(),
-        );
-    }
-
-    #[track_caller]
-    fn assert_as_made_by(&self, cluster: &Cluster, program: &[&str]) {
-        let alone = tempfile::tempdir().unwrap();
+    pub(crate) fn assert_whole(&self) {
+        let alone = folder_in(self.cluster);
         let flag = |name: &str, path: &Path| format!("--{name}={}", path.display());
         let flags = [
             "generate".to_owned(),
@@ -118,13 +102,11 @@ impl Work {
             flag("output-file", &alone.path().join("aligned.jsonl")),
             flag("meta-prompt-file", &self.path("prompt.txt")),
         ];
-        let words: Vec<&str> =
-            program.iter().copied().chain(flags.iter().map(String::as_str)).collect();
-        cluster.run(words[0], &words[1..]);
+        self.cluster.run("step2-self-align", &flags.each_ref().map(String::as_str));
         let expected = rows_of(alone.path());
         assert_eq!(expected.len(), self.prompts);
         let rows = self.rows();
-        assert_eq!(rows.len(), self.prompts, "{}", cluster.said());
+        assert_eq!(rows.len(), self.prompts, "{}", self.cluster.said());
         assert_eq!(rows, expected);
     }
 
