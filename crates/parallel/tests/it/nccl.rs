@@ -82,10 +82,11 @@ fn a_library_that_is_missing_is_named() {
 fn the_stand_in_notices_misuse() {
     const BEGIN: &str = "unique_id id; void *comm; float x[4] = {0}; \
         ncclGetUniqueId(&id); cuCtxSetCurrent(&queue); ncclCommInitRank(&comm, 1, id, 0);";
-    let folder = tempfile::tempdir().unwrap();
-    let variables = [("NCCL_STAND_IN_FOLDER", folder.path())];
-    for (number, (calls, said)) in [
-        ("ncclAllReduce(x, x, 7, 4, 0, comm, 0); while (cuStreamQuery(0)) {} ncclCommGetAsyncError(comm, &(int){0});", ""),
+    for (calls, said) in [
+        (
+            "ncclAllReduce(x, x, 4, 7, 0, comm, 0); while (cuStreamQuery(0)) {} ncclCommGetAsyncError(comm, &(int){0});",
+            "",
+        ),
         ("ncclAllReduce(x, x, 4, 7, 4, comm, 0);", "4 is no operation"),
         ("ncclAllReduce(x, x, FLOAT32, 4000, SUM, comm, 0);", "4000 is no type"),
         ("ncclAllReduce(x, x, 4, FLOAT32, SUM, comm, x);", "not the null stream"),
@@ -93,26 +94,56 @@ fn the_stand_in_notices_misuse() {
         ("ncclAllReduce(x, x, 0, FLOAT32, SUM, comm, 0);", "no elements"),
         ("ncclAllReduce(x, x, 4, FLOAT32, SUM, x, 0);", "no communicator"),
         ("ncclBroadcast(x, x, 4, FLOAT32, 1, comm, 0);", "root 1"),
+        ("ncclBroadcast(x, x, 4, 0, FLOAT32, comm, 0);", "root 7"),
         ("ncclCommInitRank(&comm, 2, id, 2);", "rank 2 of 2"),
         ("ncclGroupEnd();", "the end of a group that was never started"),
         ("ncclGroupStart(); ncclGroupStart();", "a group within a group"),
         ("ncclGroupStart();", "groups were never ended"),
-        ("ncclAllGather(x, x, 1, FLOAT32, comm, 0); while (cuStreamQuery(0)) {}", "never asked for"),
+        (
+            "ncclAllGather(x, x, 1, FLOAT32, comm, 0); while (cuStreamQuery(0)) {}",
+            "never asked for",
+        ),
         ("ncclCommAbort(comm); ncclAllReduce(x, x, 4, FLOAT32, SUM, comm, 0);", "no communicator"),
         ("cuCtxSetCurrent(0); ncclAllReduce(x, x, 4, FLOAT32, SUM, comm, 0);", "no GPU is current"),
-    ]
-    .into_iter()
-    .enumerate()
-    {
-        let (source, program) =
-            (folder.path().join(format!("{number}.c")), folder.path().join(number.to_string()));
-        let text = format!("#include \"{SOURCE}\"\nint main(void) {{ {BEGIN} (void)x; {calls} return 0; }}\n");
-        std::fs::write(&source, text).unwrap();
-        compile(&[source.to_str().unwrap()], &program);
-        let output = Command::new(&program).envs(variables).output().unwrap();
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        let code = if said.is_empty() { 0 } else { 66 };
-        assert_eq!(output.status.code(), Some(code), "{calls}: {stderr}");
-        assert!(stderr.contains(said), "{calls}: {stderr}");
+    ] {
+        assert_ends(&format!("{BEGIN} {calls}"), said);
     }
+}
+
+/// Two processes that do not call the same are both ended.
+#[test]
+fn the_stand_in_notices_ranks_that_disagree() {
+    const BEGIN: &str = "unique_id id; void *comm; float x[4] = {0}; ncclGetUniqueId(&id); \
+        int rank = fork() == 0; cuCtxSetCurrent(&queue); ncclCommInitRank(&comm, 2, id, rank);";
+    const END: &str = "while (cuStreamQuery(0)) {} ncclCommGetAsyncError(comm, &(int){0});";
+    for (calls, said) in [
+        ("ncclAllReduce(x, x, 4, FLOAT32, SUM, comm, 0);", ""),
+        ("ncclAllReduce(x, x, 1 + rank, FLOAT32, SUM, comm, 0);", "reduce of 2 x type 7"),
+        ("ncclAllReduce(x, x, 2, rank ? FLOAT32 : INT64, SUM, comm, 0);", "reduce of 2 x type 4"),
+        ("ncclAllReduce(x, x, 2, FLOAT32, rank ? SUM : MAX, comm, 0);", "reduce of 2 x type 7 (2)"),
+        ("ncclBroadcast(x, x, 2, FLOAT32, rank, comm, 0);", "bcast of 2 x type 7 (1)"),
+        (
+            "rank ? ncclAllGather(x, x, 1, FLOAT32, comm, 0) : ncclBroadcast(x, x, 1, FLOAT32, 0, comm, 0);",
+            "gather of 1",
+        ),
+    ] {
+        assert_ends(&format!("{BEGIN} {calls} {END}"), said);
+    }
+}
+
+/// Ends a program of these statements with this word of the stand-in, or well where it is empty.
+#[track_caller]
+fn assert_ends(statements: &str, said: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, program) = (folder.path().join("calls.c"), folder.path().join("calls"));
+    let text =
+        format!("#include \"{SOURCE}\"\nint main(void) {{ {statements} (void)x; return 0; }}\n");
+    std::fs::write(&source, text).unwrap();
+    compile(&[source.to_str().unwrap()], &program);
+    let mut command = Command::new(&program);
+    let output = command.env("NCCL_STAND_IN_FOLDER", folder.path()).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let code = if said.is_empty() { 0 } else { 66 };
+    assert_eq!(output.status.code(), Some(code), "{statements}: {stderr}");
+    assert!(stderr.contains(said), "{statements}: {stderr}");
 }

@@ -105,8 +105,9 @@ static int agree(struct call *call) {
   if (!meet(comm)) return 0;
   for (int rank = 0; rank < comm->ranks; rank++)
     if (memcmp(&shared->calls[rank], &shared->calls[comm->rank], sizeof shared->calls[0]))
-      MISUSE("rank %d is in %s of %zu, rank %d in %s of %zu", comm->rank, call->what, call->count, rank,
-             shared->calls[rank].what, (size_t)shared->calls[rank].count);
+      MISUSE("rank %d is in %s of %zu x type %d (%d), rank %d in %s of %zu x type %d (%d)", comm->rank, call->what,
+             call->count, call->kind, call->number, rank, shared->calls[rank].what, (size_t)shared->calls[rank].count,
+             (int)shared->calls[rank].kind, (int)shared->calls[rank].number);
   return meet(comm);
 }
 
