@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Context;
 use dromedary_command::{
     Common, Error, Progress, StopFlag, init_logging, layered, parse, print_config, required, run,
+    with_environment,
 };
 use serde::{Deserialize, Serialize};
 
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
             return Ok(print_config("greet", &args)?);
         }
         let greeting = Greeting::try_from(args)?;
+        with_environment(&[("GREETING", "hello")])?;
         greeting.run(&common).with_context(|| format!("greeting {}", greeting.name))
     })
 }
@@ -73,10 +75,11 @@ impl TryFrom<GreetArgs> for Greeting {
 impl Greeting {
     fn run(&self, common: &Common) -> anyhow::Result<()> {
         let stop = StopFlag::install()?;
+        let word = std::env::var("GREETING")?;
         let progress = Progress::new(Some(self.times), "greetings", !common.quiet);
         for done in 0..self.times {
             stop.check(|| format!("{done} of {} greetings done", self.times))?;
-            tracing::info!("hello {}", self.name);
+            tracing::info!("{word} {}", self.name);
             thread::sleep(self.pause);
             progress.inc(1);
         }

@@ -48,6 +48,12 @@ pub enum Error {
         /// Why it cannot be written.
         source: io::Error,
     },
+    /// The program cannot be started anew with other environment variables.
+    #[error("cannot start this program again")]
+    Restart {
+        /// What the system said.
+        source: io::Error,
+    },
     /// A report cannot be made into a page.
     #[error("cannot make the page of {title}")]
     Page {

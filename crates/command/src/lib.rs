@@ -49,6 +49,7 @@ mod progress;
 #[cfg(doctest)]
 mod readme;
 mod requeue;
+mod restart;
 mod run;
 mod stop;
 
@@ -60,5 +61,6 @@ pub use logging::init_logging;
 pub use page::{Bars, Cell, Excerpt, Excerpts, Lines, Ranking, ReportPage, Table, grouped};
 pub use progress::Progress;
 pub use requeue::stop_or_requeue;
+pub use restart::with_environment;
 pub use run::{exit_code, run};
 pub use stop::{CriticalSection, StopFlag};

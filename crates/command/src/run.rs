@@ -45,6 +45,7 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
             Error::PrintConfig { .. }
             | Error::Signals { .. }
             | Error::Requeue { .. }
+            | Error::Restart { .. }
             | Error::Page { .. } => None,
         })
         .unwrap_or(FAILURE)

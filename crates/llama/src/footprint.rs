@@ -15,10 +15,10 @@ use crate::{
 /// the tokenizer, the threads' stacks, code that is called for the first time.
 const PROCESS_BYTES: u64 = 32 << 20;
 
-/// Bytes that the allocator keeps of what passes have freed: glibc's has at most twice its largest
-/// threshold of 32 MB before it gives memory back (mallopt(3), `M_MMAP_THRESHOLD`). How much it is
-/// differs from run to run; this is the middle of what was seen.
-const ALLOCATOR_BYTES: u64 = 48 << 20;
+/// Bytes of what a pass has freed that are too scattered for its own later needs. How much glibc's
+/// allocator keeps differs from run to run; what it has left is given back behind each layer that is
+/// loaded and behind each large pass.
+const ALLOCATOR_BYTES: u64 = 16 << 20;
 
 /// Copies of a step's logits that exist at once where the last units of the vocabulary are cut off.
 const LOGIT_COPIES: u64 = 2;

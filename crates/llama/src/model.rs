@@ -121,7 +121,12 @@ impl Llama {
         let loader = Loader { checkpoint, options, plan: &rank_plan, config: &config };
         let heads = Heads::new(&rank_plan, config.head_dim);
         let layers = (0..config.num_hidden_layers)
-            .map(|layer| loader.layer(&format!("model.layers.{layer}"), &heads))
+            .map(|layer| {
+                let layer = loader.layer(&format!("model.layers.{layer}"), &heads)?;
+                // What its weights were read into is too scattered for the next one's.
+                release_free_memory();
+                Ok(layer)
+            })
             .collect::<Result<_>>()?;
         let embed_tokens = loader.tensor(EMBEDDING)?;
         let lm_head = loader.head(&embed_tokens)?;

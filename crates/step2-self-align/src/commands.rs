@@ -4,8 +4,10 @@ use std::io::Write as _;
 use std::path::Path;
 
 use anyhow::Context as _;
-use dromedary_command::{Common, StopFlag, init_logging, layered, print_config, stop_or_requeue};
-use dromedary_llama::LlamaConfig;
+use dromedary_command::{
+    Common, StopFlag, init_logging, layered, print_config, stop_or_requeue, with_environment,
+};
+use dromedary_llama::{LlamaConfig, generation::DETERMINISTIC_ENVIRONMENT};
 use dromedary_parallel::launch;
 use dromedary_self_align::{
     self as self_align, BudgetLimits, CheckArgs, CheckConfig, Finding, GenerateArgs,
@@ -19,12 +21,19 @@ pub(crate) fn generate(args: GenerateArgs, common: &Common) -> anyhow::Result<()
     if common.print_config {
         return Ok(print_config("generate", &config)?);
     }
+    if config.deterministic {
+        with_environment(&DETERMINISTIC_ENVIRONMENT)?;
+    }
     // Before any other call of libtorch: oneDNN asks for the number once.
     tch::set_num_threads(threads(config.threads)?);
     let stop = StopFlag::install()?;
     let (report, rank) = launch()?.run(|launch| -> anyhow::Result<(GenerateReport, usize)> {
         let world = launch.world();
         init_logging(world.rank(), world.world_size(), common.verbosity());
+        if config.deterministic {
+            let set = |(name, _)| format!("{name}={}", std::env::var(name).unwrap_or_default());
+            tracing::info!("deterministic: {}", DETERMINISTIC_ENVIRONMENT.map(set).join(" "));
+        }
         let local_rank = launch.local_rank();
         let report = self_align::generate(&config, world, local_rank, &stop, !common.quiet);
         Ok((report.map_err(with_exit_code)?, world.rank()))

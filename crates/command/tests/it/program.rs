@@ -67,6 +67,19 @@ fn flags_in_snake_case_and_in_kebab_case() {
 }
 
 #[test]
+fn a_variable_has_the_users_value_or_else_the_programs() {
+    // All other tests run the program without the variable, so that it starts anew in its own place.
+    let said = |command: &mut Command| {
+        let output = command.output().unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let args = ["greet", "--user-name", "A  b"];
+    assert!(said(greet(&args).env_remove("GREETING")).contains("hello A  b"));
+    assert!(said(greet(&args).env("GREETING", "salve")).contains("salve A  b"));
+}
+
+#[test]
 fn wrong_usage_exits_with_2() {
     for args in [["greet", "--user_nam=x"].as_slice(), &["greet"], &["greet", "--config=/none"]] {
         let (output, stderr) = output(args);

@@ -6,6 +6,7 @@ use std::{ops::ControlFlow, time::Instant};
 
 use dromedary_parallel::{Communicator, fault_point};
 use dromedary_tokenizer::Tokenizer;
+use dromedary_torch_ext::release_free_memory;
 use tch::Tensor;
 
 use super::{
@@ -26,6 +27,12 @@ pub(crate) const PREFILL_TOKENS: usize = 512;
 /// Slots are made this much longer at once, so that they are not copied for every row that is a
 /// little longer than those before.
 const KV_BUCKET: usize = 128;
+
+/// Environment variables, and their values, under which a CPU's libtorch gives a row of a matrix the
+/// same bits in any place, as [`EngineConfig::deterministic`] needs where weights are not packed. MKL
+/// reads them at its first product: set them before the process starts. With `MKL_CBWR=COMPATIBLE` rows differ.
+pub const DETERMINISTIC_ENVIRONMENT: [(&str, &str); 2] =
+    [("MKL_CBWR", "AVX2"), ("MKL_DYNAMIC", "FALSE")];
 
 /// How rows see the pinned prefix.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -56,7 +63,8 @@ pub struct EngineConfig {
     /// Compute every step in the same shapes, so that a row's tokens depend on no other row to the
     /// last bit: all slots are computed and read to their ends, prompts are read one by one. Costs
     /// time, and needs memory for all slots at their full length. Number of threads, ranks and
-    /// slots must be the same in runs that are to be equal.
+    /// slots must be the same in runs that are to be equal. Weights that are not packed need
+    /// [`DETERMINISTIC_ENVIRONMENT`] too.
     pub deterministic: bool,
     /// How tokens are chosen.
     pub sampling: Sampling,
@@ -417,11 +425,16 @@ impl<'a> Engine<'a> {
                 Some(*last)
             })
             .collect();
-        self.statistics.prompt_tokens += last.last().map_or(0, |last| *last as u64 + 1);
+        let tokens = last.last().map_or(0, |last| *last as usize + 1);
+        self.statistics.prompt_tokens += tokens as u64;
         let x =
             read_prompts(self.model, self.comm, &mut self.cache, self.prefix.as_ref(), &prompts)?;
         let last = Tensor::from_slice(&last).to_device(self.model.device());
         let x = x.f_index_select(0, &last)?; // (B, C)
+        if tokens >= PREFILL_TOKENS {
+            // The next pass would scatter its own among what this one has left.
+            release_free_memory();
+        }
         let logits = self.model.head(&self.model.final_norm(&x))?; // (B, W)
         self.finish_step(&logits, slots, caller)
     }

@@ -16,7 +16,7 @@ mod score;
 mod stop;
 
 pub(crate) use engine::PREFILL_TOKENS;
-pub use engine::{Engine, EngineConfig, PrefixUse};
+pub use engine::{DETERMINISTIC_ENVIRONMENT, Engine, EngineConfig, PrefixUse};
 pub use prefix::PrefixCache;
 pub use request::{Event, FinishReason, FinishedRow, Request, Statistics};
 pub use sampling::{FrequencyPenalty, Sampling};

@@ -72,7 +72,9 @@ fn sorted_lines(folder: &Path) -> Vec<String> {
 fn a_run_whose_rank_was_killed_is_continued_to_the_same_rows() {
     let (whole, broken) = (folder_of(&STORIES), folder_of(&STORIES));
     let flags_of = [flags(whole.path()), flags(broken.path())];
-    two_ranks([&flags_of[0], &flags_of[0]], &[]).finish().assert_success();
+    let end = two_ranks([&flags_of[0], &flags_of[0]], &[]).finish();
+    end.assert_success();
+    assert!(end.said.contains("MKL_CBWR=AVX2"), "{}", end.said);
     let whole = sorted_lines(whole.path());
     assert_eq!(whole.len(), STORIES.len());
 
