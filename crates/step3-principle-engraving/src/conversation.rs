@@ -10,6 +10,16 @@ use crate::{
     transcript::Transcript,
 };
 
+/// Whether the template wrote something behind what was said: a special token, or a mark.
+fn has_end(turn: &[u32], said: &[String], tokenizer: &Tokenizer) -> bool {
+    let is_last = |text: &str| {
+        let spoken = said.iter().map(|said| said.trim_end()).filter(|said| !said.is_empty());
+        spoken.into_iter().any(|said| text.ends_with(said))
+    };
+    turn.iter().any(|&id| tokenizer.is_special(id))
+        || !is_last(tokenizer.decode_continuation(turn).trim_end())
+}
+
 /// A conversation as tokens, before it is cut.
 pub(crate) struct Conversation {
     ids: Vec<u32>,
@@ -71,8 +81,9 @@ impl Conversation {
         };
         let written = template.encode(messages, tools, wanted)?;
         let ids = written.ids;
+        let said: Vec<String> = messages.iter().filter_map(ChatMessage::content).collect();
         let turn = |tokens: Range<usize>| {
-            let ends = ids[tokens.clone()].iter().any(|&id| tokenizer.is_special(id));
+            let ends = has_end(&ids[tokens.clone()], &said, tokenizer);
             Turn { tokens, ends }
         };
         let turns = written.turns.into_iter().map(turn).collect();

@@ -226,7 +226,9 @@ impl Display for ModelCard<'_> {
         let format = self.audit.format;
         writeln!(f, "```text\n{}\n```\n", format.prompt_form())?;
         let mut ends = Vec::new();
-        if self.config.data.collate.add_eos_to_target || format.has_chat_template() {
+        if format.has_chat_template() {
+            ends.push("where the chat template ends a turn".to_owned());
+        } else if self.config.data.collate.add_eos_to_target {
             ends.push("at EOS".to_owned());
         }
         ends.extend(format.stop_mark().map(|mark| format!("where the model writes `{mark}`")));

@@ -130,7 +130,16 @@ impl ChatMessage {
 
     /// Its role, if it has one.
     pub fn role(&self) -> Option<String> {
-        self.0.get_attr("role").ok()?.as_str().map(str::to_owned)
+        self.text_of("role")
+    }
+
+    /// What it says, if that is one text.
+    pub fn content(&self) -> Option<String> {
+        self.text_of("content")
+    }
+
+    fn text_of(&self, field: &str) -> Option<String> {
+        self.0.get_attr(field).ok()?.as_str().map(str::to_owned)
     }
 }
 

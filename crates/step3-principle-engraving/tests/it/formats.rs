@@ -312,7 +312,9 @@ fn a_template_that_rewrites_turns_is_refused_unless_it_says_what_is_learned() {
     assert_eq!(read_with(&rewriting, LearnedTurns::Last).unwrap().audit.stretches, 1);
     assert_eq!(read_with(&rewriting, LearnedTurns::All).unwrap().audit.stretches, 1);
     let blocks = body.replace("BLOCK", &format!("{{% generation %}}{text}{{% endgeneration %}}"));
-    assert_eq!(read_with(&blocks, LearnedTurns::Assistant).unwrap().audit.stretches, 2);
+    let audit = read_with(&blocks, LearnedTurns::Assistant).unwrap().audit;
+    // Nothing tells where an answer ends: the template writes what was said and no more.
+    assert_eq!((audit.stretches, audit.stop_marks), (2, 0));
 }
 
 #[test]
@@ -421,6 +423,7 @@ fn inspect_shows_each_answer_between_marks() {
     let text = inspected(&[json!({"conversations": talk})], &flags);
     let shown = "# Dromedary\n\n### User\nWho?\n\n### Dromedary\nTom.\n\n### User\nAnd?\n\n### Dromedary>>>\nLily.\n\n### User\n<<<";
     assert!(text.contains(shown), "{text}");
+    assert!(text.contains("100.0 % of the targets end in one"), "{text}");
 }
 
 /// What `plan --json` prints.
