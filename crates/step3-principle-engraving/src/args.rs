@@ -129,8 +129,8 @@ pub struct TrainArgs {
     /// step [default: all ranks].
     #[arg(long, value_name = "N")]
     pub tp: Option<usize>,
-    /// Divide the optimizer's moments over the replicas: the same results in less memory
-    /// [default: false].
+    /// Divide the optimizer's moments, and the f32 values behind 16-bit weights, over the replicas: the
+    /// same results in less memory [default: false].
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
     pub shard_optimizer: Option<bool>,
 

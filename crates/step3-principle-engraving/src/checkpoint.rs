@@ -74,19 +74,16 @@ pub(crate) fn save(
 ) -> Result<PathBuf> {
     let step = state.position.step;
     let path = output_dir.join(format!("{PREFIX}{step}"));
-    let moments = trained.optimizer.moments(ranks.dp())?;
-    if ranks.is_of_first_replica() {
-        write(&path, (trained, &moments), state, ranks)?;
-    }
+    write(&path, trained, state, ranks)?;
     ranks.world().barrier()?;
     Ok(path)
 }
 
-/// Every rank of the replica must call this; the first writes. What the others hold comes to it an entry at a
-/// time, so that it never has the whole model's numbers.
+/// Every rank must call this; the first writes. What the others hold comes to it an entry at a time, so that
+/// it never has the whole model's numbers.
 fn write(
     path: &Path,
-    (trained, moments): (&Trained, &[Tensor; 2]),
+    trained: &Trained,
     state: &TrainerState,
     ranks: &Ranks<'_>,
 ) -> Result<()> {
@@ -94,11 +91,13 @@ fn write(
     let dir = ranks.is_first().then(|| AtomicDir::replace_existing(path)).transpose()?;
     let folder = dir.as_ref().map(AtomicDir::path);
     let fault = |point: &str| fault_point(point, step as usize);
-    trained.write_adapter(folder, ranks.tp())?;
+    if ranks.is_of_first_replica() {
+        trained.write_adapter(folder, ranks.tp())?;
+    }
     if folder.is_some() {
         fault("after-shard")?;
     }
-    write_states(folder.zip(Some(path)), trained, moments, ranks)?;
+    write_states(folder.zip(Some(path)), trained, ranks)?;
     let Some(dir) = dir else { return Ok(()) };
     let text = serde_json::to_vec_pretty(state)
         .map_err(|error| damaged(path, format!("state: {error}")))?;
@@ -325,11 +324,10 @@ pub(crate) fn value_of(adapter: &Adapter, entry: &str) -> Option<Tensor> {
 }
 
 /// Writes the moments of all entries, and their values where weights are trained, on the rank that has
-/// a folder and the name that it will have. Every rank of the replica must call this.
+/// a folder and the name that it will have. Every rank must call this.
 fn write_states(
     folder: Option<(&Path, &Path)>,
     trained: &Trained,
-    moments: &[Tensor; 2],
     ranks: &Ranks<'_>,
 ) -> Result<()> {
     let kinds = ["", MOMENTS[0], MOMENTS[1]];
@@ -354,8 +352,8 @@ fn write_states(
         None => None,
     };
     for (index, entry) in entries.iter().enumerate() {
-        let state = trained.whole_state(index, moments, ranks.tp())?;
-        let Some(writer) = &mut writer else { continue };
+        let state = trained.whole_state(index, ranks)?;
+        let Some((writer, state)) = writer.as_mut().zip(state) else { continue };
         for kind in written.clone() {
             writer.append(&name(entry, kind), &state[kind])?;
         }

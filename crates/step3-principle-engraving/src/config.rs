@@ -55,7 +55,7 @@ pub struct TrainConfig {
     pub adapter: Option<PathBuf>,
     /// Ranks that hold one model together; all where absent.
     pub tp: Option<usize>,
-    /// Divide the optimizer's moments over the replicas.
+    /// Divide the optimizer's moments, and the f32 values behind 16-bit weights, over the replicas.
     pub shard_optimizer: bool,
     /// Batches of one replica and their order.
     pub batches: BatchConfig,

@@ -72,7 +72,7 @@ pub use half_block::{Half, HalfBlock, Keep, Saved};
 pub use held_out::{EvalConfig, EvalEvery, EvalRows, held_out_loss};
 pub use inspect::Inspection;
 pub use loss::{Head, HeadLoss, head_loss};
-pub use optimizer::{AdamWConfig, Entry, FlatAdamW};
+pub use optimizer::{AdamWConfig, Entry, FlatAdamW, OptimizerConfig, Share};
 pub use plan::{MemoryPlan, PlanInput, PlannedRank, PlannedTraining};
 pub use plan_command::{PlanArgs, PlanReport};
 pub use ranks::Ranks;

@@ -5,6 +5,9 @@
 //! there are. tch's own optimizers step tensor by tensor and cannot save
 //! their state.
 //!
+//! Replicas can divide these vectors: each keeps and updates its share alone. Moments can always be
+//! divided, values where the model computes with copies of them in 16 bits.
+//!
 //! Legend: `P` trained numbers of all matrices.
 
 use std::ops::Range;
@@ -15,9 +18,9 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::error::Result;
 
-/// Gradients that are summed over replicas at once: 16 MiB, which Open MPI moves twice as fast as all of
-/// a large buffer at once.
-const BUCKET: i64 = 4 << 20;
+/// Numbers that replicas exchange at once: 16 MiB, which Open MPI moves twice as fast as all of a large
+/// buffer at once.
+pub(crate) const BUCKET: i64 = 4 << 20;
 
 /// Settings of AdamW (Loshchilov and Hutter, arXiv 1711.05101), with PyTorch's meanings.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,6 +44,45 @@ impl Default for AdamWConfig {
     }
 }
 
+/// One of `ranks` equal shares of the trained numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// Its number.
+    pub rank: usize,
+    /// Number of shares.
+    pub ranks: usize,
+}
+
+impl Share {
+    /// Everything, on one rank.
+    pub const ALL: Self = Self { rank: 0, ranks: 1 };
+
+    /// Its numbers of `count`.
+    pub(crate) fn of(self, count: i64) -> Range<i64> {
+        let border = |rank: usize| count * rank as i64 / self.ranks as i64;
+        border(self.rank)..border(self.rank + 1)
+    }
+}
+
+/// Settings of AdamW, and what replicas divide and exchange of it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OptimizerConfig {
+    /// AdamW.
+    pub adamw: AdamWConfig,
+    /// What this replica keeps and updates of what can be divided; the ranks of the replicas' group hold the
+    /// shares of their numbers.
+    pub share: Share,
+    /// Numbers that replicas exchange at once.
+    pub bucket: i64,
+}
+
+impl From<AdamWConfig> for OptimizerConfig {
+    /// Nothing is divided; buckets of 16 MiB.
+    fn from(adamw: AdamWConfig) -> Self {
+        Self { adamw, share: Share::ALL, bucket: BUCKET }
+    }
+}
+
 /// Where one matrix lives in the flat vectors.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
@@ -52,33 +94,92 @@ pub struct Entry {
     pub range: Range<i64>,
 }
 
-impl Entry {
-    fn view(&self, flat: &Tensor) -> Tensor {
-        flat.narrow(0, self.range.start, self.range.end - self.range.start).view(&self.shape[..])
+/// Those numbers of a flat vector that are here.
+#[derive(Debug)]
+struct Part {
+    range: Range<i64>,
+    numbers: Tensor, // (numbers of the range)
+}
+
+impl Part {
+    fn zeros(range: Range<i64>, device: Device) -> Result<Self> {
+        let numbers = Tensor::f_zeros([length(&range)], (Kind::Float, device))?;
+        Ok(Self { range, numbers })
+    }
+
+    /// The numbers of `range` that are here.
+    fn overlap(&self, range: &Range<i64>) -> Range<i64> {
+        overlap(&self.range, range)
+    }
+
+    /// Numbers that are here, as a view.
+    fn narrow(&self, range: &Range<i64>) -> Result<Tensor> {
+        Ok(self.numbers.f_narrow(0, range.start - self.range.start, length(range))?)
+    }
+
+    /// Takes over what is here of a matrix.
+    fn put(&self, entry: &Entry, whole: &Tensor) -> Result<()> {
+        let here = self.overlap(&entry.range);
+        if here.is_empty() {
+            return Ok(());
+        }
+        let whole = whole.f_expand(&entry.shape[..], false)?.f_reshape([-1])?;
+        let value = whole.f_narrow(0, here.start - entry.range.start, length(&here))?;
+        let mut place = self.narrow(&here)?;
+        no_grad(|| place.f_copy_(&value))?;
+        Ok(())
     }
 }
 
-/// Trained matrices, their gradients and moments, each kind in one vector of `P` f32 numbers.
+/// Trained matrices, their gradients and moments, each kind in one vector of `P` f32 numbers, or in the
+/// share of one that is this replica's.
 #[derive(Debug)]
 pub struct FlatAdamW {
-    config: AdamWConfig,
+    config: OptimizerConfig,
     entries: Vec<Entry>,
-    parameters: Tensor, // (P)
-    gradients: Tensor,  // (P)
-    /// Numbers whose moments are here, and which this rank updates: all, unless the moments are divided.
-    own: Range<i64>,
-    m: Tensor, // (own numbers)
-    v: Tensor, // (own numbers)
+    /// All values, or those of this replica's share.
+    parameters: Part,
+    gradients: Tensor, // (P)
+    /// Of this replica's share, which it updates.
+    m: Part,
+    v: Part,
     /// Updates done so far, for the bias correction.
     updates: u64,
 }
 
 impl FlatAdamW {
-    /// Copies `initial` (name and value) into the flat vector; moments and gradients start at 0.
+    /// Copies `initial` (name and value) into the flat vector; moments and gradients start at 0. Moments
+    /// are those of the share of `config`, values are all here.
     ///
     /// # Errors
     /// If the vectors do not fit into the device's memory.
-    pub fn new(config: AdamWConfig, initial: &[(String, Tensor)], device: Device) -> Result<Self> {
+    pub fn new(
+        config: impl Into<OptimizerConfig>,
+        initial: &[(String, Tensor)],
+        device: Device,
+    ) -> Result<Self> {
+        Self::build(config.into(), initial, device, false)
+    }
+
+    /// As [`FlatAdamW::new`], but of the values too only those of the share are here: the model computes
+    /// with copies, which [`FlatAdamW::copy_joined_to`] brings up to date.
+    ///
+    /// # Errors
+    /// If the vectors do not fit into the device's memory.
+    pub fn with_divided_values(
+        config: impl Into<OptimizerConfig>,
+        initial: &[(String, Tensor)],
+        device: Device,
+    ) -> Result<Self> {
+        Self::build(config.into(), initial, device, true)
+    }
+
+    fn build(
+        config: OptimizerConfig,
+        initial: &[(String, Tensor)],
+        device: Device,
+        divides_values: bool,
+    ) -> Result<Self> {
         let mut entries = Vec::with_capacity(initial.len());
         let mut end = 0;
         for (name, value) in initial {
@@ -86,77 +187,101 @@ impl FlatAdamW {
             end += value.numel() as i64;
             entries.push(Entry { name: name.clone(), shape: value.size(), range: start..end });
         }
-        let zeros = || Tensor::f_zeros([end], (Kind::Float, device));
-        let optimizer = Self {
-            config,
-            entries,
-            parameters: zeros()?,
-            gradients: zeros()?,
-            own: 0..end,
-            m: zeros()?,
-            v: zeros()?,
-            updates: 0,
-        };
-        for (entry, (_, value)) in optimizer.entries.iter().zip(initial) {
-            no_grad(|| entry.view(&optimizer.parameters).f_copy_(value))?;
+        let own = config.share.of(end);
+        let parameters = Part::zeros(if divides_values { own.clone() } else { 0..end }, device)?;
+        for (entry, (_, value)) in entries.iter().zip(initial) {
+            parameters.put(entry, value)?;
         }
-        Ok(optimizer)
+        let gradients = Tensor::f_zeros([end], (Kind::Float, device))?;
+        let (m, v) = (Part::zeros(own.clone(), device)?, Part::zeros(own, device)?);
+        Ok(Self { config, entries, parameters, gradients, m, v, updates: 0 })
     }
 
-    /// Divides the moments over the ranks of `comm`, which hold the same parameters: each keeps those of an
-    /// equal share of the numbers, updates these, and gets the others' updates by
-    /// [`FlatAdamW::share_updates`]. To be called before the first step.
-    ///
-    /// # Errors
-    /// No memory.
-    pub fn divide_moments(&mut self, comm: &dyn Communicator) -> Result<()> {
-        self.own = share(self.num_parameters(), comm.rank(), comm.world_size());
-        let options = (Kind::Float, self.parameters.device());
-        self.m = Tensor::f_zeros([self.own.end - self.own.start], options)?;
-        self.v = self.m.f_zeros_like()?;
-        Ok(())
+    /// The numbers that a rank of the replicas' group keeps and updates.
+    fn share_of(&self, rank: usize) -> Range<i64> {
+        Share { rank, ..self.config.share }.of(self.num_parameters())
     }
 
-    /// Brings every rank's updates to the others, a bucket at a time, where moments are divided over the
-    /// ranks of `comm`. Every rank must call this behind a step; all get the same.
+    fn is_whole(&self, part: &Part) -> bool {
+        part.range == (0..self.num_parameters())
+    }
+
+    /// Brings every rank's updates to the others, a bucket at a time, where values are all here but their
+    /// moments are divided over the ranks of `comm`. Every rank must call this behind a step; all get the
+    /// same.
     ///
     /// # Errors
     /// If a rank is gone.
     pub fn share_updates(&mut self, comm: &dyn Communicator) -> Result<()> {
-        if self.own == (0..self.num_parameters()) {
+        if self.is_whole(&self.m) || !self.is_whole(&self.parameters) {
             return Ok(());
         }
         for rank in 0..comm.world_size() {
-            let numbers = share(self.num_parameters(), rank, comm.world_size());
-            let updated =
-                self.parameters.f_narrow(0, numbers.start, numbers.end - numbers.start)?;
-            for mut bucket in updated.f_split(BUCKET, 0)? {
+            let updated = self.parameters.narrow(&self.share_of(rank))?;
+            for mut bucket in updated.f_split(self.config.bucket, 0)? {
                 comm.broadcast(&mut bucket, rank)?;
             }
         }
         Ok(())
     }
 
-    /// Both moments of all numbers, (P) each. Every rank of `comm`, over which they may be divided, must
-    /// call this; all get the same.
+    /// Copies the values of matrices that lie one behind the other to `target`, in its kind. Where values
+    /// are divided over the ranks of `comm`, each rank's come from there, a bucket at a time in the kind of
+    /// `target`. Every rank must call this; all get the same.
+    ///
+    /// # Errors
+    /// If a rank is gone, or `target` has another size.
+    pub fn copy_joined_to(
+        &self,
+        entries: Range<usize>,
+        target: &Tensor,
+        comm: &dyn Communicator,
+    ) -> Result<()> {
+        let numbers = self.span(&entries);
+        let mut target = target.f_view([length(&numbers)])?;
+        if self.is_whole(&self.parameters) {
+            let values = self.parameters.narrow(&numbers)?;
+            no_grad(|| target.f_copy_(&values))?;
+            return Ok(());
+        }
+        for rank in 0..comm.world_size() {
+            let theirs = overlap(&self.share_of(rank), &numbers);
+            if theirs.is_empty() {
+                continue;
+            }
+            let mut place = target.f_narrow(0, theirs.start - numbers.start, length(&theirs))?;
+            if rank == comm.rank() {
+                let values = self.parameters.narrow(&theirs)?;
+                no_grad(|| place.f_copy_(&values))?;
+            }
+            for mut bucket in place.f_split(self.config.bucket, 0)? {
+                comm.broadcast(&mut bucket, rank)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Value and both moments of matrix `index`, whole. Every rank of `comm`, over which they may be
+    /// divided, must call this; all get the same.
     ///
     /// # Errors
     /// If a rank is gone, or memory runs out.
-    pub fn moments(&self, comm: &dyn Communicator) -> Result<[Tensor; 2]> {
-        if self.own == (0..self.num_parameters()) {
-            return Ok([self.m.shallow_clone(), self.v.shallow_clone()]);
-        }
-        Ok([comm.all_gather(&self.m)?, comm.all_gather(&self.v)?])
-    }
-
-    /// The part of a vector of all numbers that belongs to matrix `index`, in its shape.
-    pub fn view(&self, index: usize, flat: &Tensor) -> Tensor {
-        self.entries[index].view(flat)
+    pub fn state(&self, index: usize, comm: &dyn Communicator) -> Result<[Tensor; 3]> {
+        let entry = &self.entries[index];
+        let whole = |part: &Part| -> Result<Tensor> {
+            let here = part.narrow(&part.overlap(&entry.range))?;
+            let all = if self.is_whole(part) { here } else { comm.all_gather(&here)? };
+            Ok(all.f_view(&entry.shape[..])?)
+        };
+        Ok([whole(&self.parameters)?, whole(&self.m)?, whole(&self.v)?])
     }
 
     /// The value of matrix `index`, sharing the optimizer's memory.
+    ///
+    /// # Panics
+    /// If values are divided, and not all of it are here.
     pub fn value(&self, index: usize) -> Tensor {
-        self.view(index, &self.parameters)
+        self.joined(index..index + 1, &self.entries[index].shape)
     }
 
     /// The matrices in their order.
@@ -166,18 +291,26 @@ impl FlatAdamW {
 
     /// Number of trained numbers, P.
     pub fn num_parameters(&self) -> i64 {
-        self.parameters.numel() as i64
+        self.gradients.numel() as i64
     }
 
     /// A leaf of the autograd graph that shares the matrix's memory: [`Self::step`] changes it.
+    ///
+    /// # Panics
+    /// As [`Self::value`].
     pub fn parameter(&self, index: usize) -> Tensor {
-        self.entries[index].view(&self.parameters).detach().set_requires_grad(true)
+        self.value(index).detach().set_requires_grad(true)
     }
 
     /// The values of matrices that lie one behind the other, in the shape of their rows together;
     /// [`Self::step`] changes them.
+    ///
+    /// # Panics
+    /// As [`Self::value`].
     pub fn joined(&self, entries: Range<usize>, shape: &[i64]) -> Tensor {
-        self.numbers(&self.parameters, &entries).view(shape)
+        let Range { start, end } = self.span(&entries);
+        let Part { range, numbers } = &self.parameters;
+        numbers.narrow(0, start - range.start, end - start).view(shape)
     }
 
     /// Adds to the gradients of matrices that lie one behind the other.
@@ -188,13 +321,13 @@ impl FlatAdamW {
 
     /// The gradients of matrices that lie one behind the other, in the shape of their rows together.
     pub fn joined_gradient(&self, entries: Range<usize>, shape: &[i64]) -> Tensor {
-        self.numbers(&self.gradients, &entries).view(shape)
+        let Range { start, end } = self.span(&entries);
+        self.gradients.narrow(0, start, end - start).view(shape)
     }
 
-    fn numbers(&self, flat: &Tensor, entries: &Range<usize>) -> Tensor {
-        let (start, end) =
-            (self.entries[entries.start].range.start, self.entries[entries.end - 1].range.end);
-        flat.narrow(0, start, end - start)
+    /// The numbers of matrices that lie one behind the other.
+    fn span(&self, entries: &Range<usize>) -> Range<i64> {
+        self.entries[entries.start].range.start..self.entries[entries.end - 1].range.end
     }
 
     /// Adds to the gradient of matrix `index`.
@@ -206,7 +339,7 @@ impl FlatAdamW {
 
     /// The gradient of matrix `index`, sharing the optimizer's memory.
     pub fn gradient(&self, index: usize) -> Tensor {
-        self.entries[index].view(&self.gradients)
+        self.joined_gradient(index..index + 1, &self.entries[index].shape)
     }
 
     /// Forgets the gradients.
@@ -221,7 +354,7 @@ impl FlatAdamW {
     /// If a rank is gone.
     pub fn all_reduce_gradients(&mut self, comm: &dyn Communicator) -> Result<()> {
         if comm.world_size() > 1 {
-            for mut bucket in self.gradients.f_split(BUCKET, 0)? {
+            for mut bucket in self.gradients.f_split(self.config.bucket, 0)? {
                 comm.all_reduce_sum(&mut bucket)?;
             }
         }
@@ -234,24 +367,25 @@ impl FlatAdamW {
     }
 
     /// Scales gradients down to the global norm `max_grad_norm` (`grad_norm` is their norm now),
-    /// updates the parameters and forgets the gradients.
+    /// updates this replica's share of the parameters and forgets the gradients.
     ///
     /// # Errors
     /// If libtorch refuses the update.
     pub fn step(&mut self, learning_rate: f64, grad_norm: f64) -> Result<()> {
         let updates = self.updates + 1;
-        let AdamWConfig { beta1, beta2, eps, weight_decay, max_grad_norm } = self.config;
+        let AdamWConfig { beta1, beta2, eps, weight_decay, max_grad_norm } = self.config.adamw;
         let config = AdamW { lr: learning_rate, beta1, beta2, eps, weight_decay };
         // As torch.nn.utils.clip_grad_norm_ has it, 1e-6 included.
         let clip = max_grad_norm / (grad_norm + 1e-6);
         if max_grad_norm > 0.0 && clip < 1.0 {
             let _ = no_grad(|| self.gradients.g_mul_scalar_(clip));
         }
-        let Self { parameters, gradients, own, m, v, .. } = self;
-        let (start, count) = (own.start, own.end - own.start);
-        let parameter = &mut parameters.f_narrow(0, start, count)?;
-        let grad = &mut gradients.f_narrow(0, start, count)?;
-        let state = AdamWState { parameter, grad, exp_avg: m, exp_avg_sq: v };
+        let Self { parameters, gradients, m, v, .. } = self;
+        let own = &m.range;
+        let parameter = &mut parameters.narrow(own)?;
+        let grad = &mut gradients.f_narrow(0, own.start, length(own))?;
+        let (exp_avg, exp_avg_sq) = (&mut m.numbers, &mut v.numbers);
+        let state = AdamWState { parameter, grad, exp_avg, exp_avg_sq };
         no_grad(|| fused_adamw(state, updates, &config))?;
         self.updates = updates;
         self.zero_grad();
@@ -263,37 +397,23 @@ impl FlatAdamW {
         self.updates
     }
 
-    /// Puts a value in the place of matrix `index`'s.
+    /// Puts a value in the place of matrix `index`'s: as much of it as is here.
     ///
     /// # Errors
     /// If the shape differs.
     pub fn set_value(&mut self, index: usize, value: &Tensor) -> Result<()> {
-        no_grad(|| self.value(index).f_copy_(value))?;
-        Ok(())
-    }
-
-    /// Puts what is saved of a moment of matrix `index` into the numbers of it that are here.
-    fn restore_moment(&self, index: usize, moment: &Tensor, saved: &Tensor) -> Result<()> {
-        let Range { start, end } = self.entries[index].range;
-        let (first, last) = (start.max(self.own.start), end.min(self.own.end));
-        if first < last {
-            let saved = saved.f_reshape(-1)?.f_narrow(0, first - start, last - first)?;
-            let mut here = moment.f_narrow(0, first - self.own.start, last - first)?;
-            no_grad(|| here.f_copy_(&saved))?;
-        }
-        Ok(())
+        self.parameters.put(&self.entries[index], value)
     }
 
     /// Takes over value and moments of every matrix from a checkpoint, in the order of
-    /// [`Self::entries`], after `updates` updates.
+    /// [`Self::entries`], after `updates` updates: as much of them as is here.
     ///
     /// # Errors
     /// If a shape differs.
     pub fn restore(&mut self, states: &[[Tensor; 3]], updates: u64) -> Result<()> {
-        for (index, [value, m, v]) in states.iter().enumerate() {
-            self.set_value(index, value)?;
-            for (moment, saved) in [(&self.m, m), (&self.v, v)] {
-                self.restore_moment(index, moment, saved)?;
+        for (entry, [value, m, v]) in self.entries.iter().zip(states) {
+            for (part, saved) in [(&self.parameters, value), (&self.m, m), (&self.v, v)] {
+                part.put(entry, saved)?;
             }
         }
         self.updates = updates;
@@ -301,10 +421,14 @@ impl FlatAdamW {
     }
 }
 
-/// Numbers of a rank's share.
-fn share(count: i64, rank: usize, ranks: usize) -> Range<i64> {
-    let border = |rank: usize| count * rank as i64 / ranks as i64;
-    border(rank)..border(rank + 1)
+pub(crate) fn length(range: &Range<i64>) -> i64 {
+    range.end - range.start
+}
+
+/// What is in both; an empty range within the first where nothing is.
+pub(crate) fn overlap(one: &Range<i64>, other: &Range<i64>) -> Range<i64> {
+    let start = other.start.clamp(one.start, one.end);
+    start..other.end.clamp(start, one.end)
 }
 
 #[cfg(test)]
@@ -390,8 +514,7 @@ mod tests {
         };
         let mut first = optimizer(AdamWConfig::default(), &[&[1.0, 2.0]]);
         step(&mut first, 0.2);
-        let [m, v] = first.moments(&SingleProcess).unwrap();
-        let saved = [first.value(0), m, v].map(|tensor| tensor.copy());
+        let saved = first.state(0, &SingleProcess).unwrap().map(|tensor| tensor.copy());
         let updates = first.updates();
         step(&mut first, 0.1);
         let mut second = optimizer(AdamWConfig::default(), &[&[0.0, 0.0]]);

@@ -47,8 +47,8 @@ pub struct PlannedRank {
     pub tp_rank: usize,
     /// Their number.
     pub tp: usize,
-    /// Replicas over which the moments are divided.
-    pub moment_shares: usize,
+    /// Replicas over which the moments are divided, and the f32 values behind 16-bit weights.
+    pub optimizer_shares: usize,
     /// Linear layers are kept in NF4.
     pub nf4: bool,
 }
@@ -56,7 +56,7 @@ pub struct PlannedRank {
 impl Default for PlannedRank {
     /// One rank alone, nothing in four bits.
     fn default() -> Self {
-        Self { tp_rank: 0, tp: 1, moment_shares: 1, nf4: false }
+        Self { tp_rank: 0, tp: 1, optimizer_shares: 1, nf4: false }
     }
 }
 
@@ -116,12 +116,18 @@ impl MemoryPlan {
         let trained = trained_numbers(input)?;
         let weights = input.rank.footprint(config, input.kind)?.weight_bytes;
         let widths = Widths::of(config, Plan::new(config, input.rank.tp)?.rank(input.rank.tp_rank));
-        let in_place = input.training == PlannedTraining::Weights && input.kind == Kind::Float;
+        let share = trained.div_ceil(input.rank.optimizer_shares.max(1) as u64);
+        let values = match (&input.training, input.kind) {
+            (PlannedTraining::Adapters(_), _) => trained,
+            // The model computes with the optimizer's own.
+            (PlannedTraining::Weights, Kind::Float) => 0,
+            (PlannedTraining::Weights, _) => share,
+        };
         Ok(Self {
             weights,
-            trained: if in_place { 0 } else { F32 * trained },
+            trained: F32 * values,
             gradients: F32 * trained,
-            moments: 2 * F32 * trained.div_ceil(input.rank.moment_shares.max(1) as u64),
+            moments: 2 * F32 * share,
             activations: F32 * (activations(input, &widths) + scratch(input, &widths)),
             head: F32 * head(input, &widths),
             process: PROCESS,

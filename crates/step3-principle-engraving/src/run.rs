@@ -25,6 +25,7 @@ use crate::{
     held_out::{self, held_out_loss},
     metrics::{CURVES_FILE, Journal, Line, METRICS_FILE, Older},
     model_card::{Inputs, ModelCard},
+    optimizer::{OptimizerConfig, Share},
     plan::{MemoryPlan, PlanInput, PlannedRank, PlannedTraining},
     ranks::Ranks,
     schedule::Schedule,
@@ -107,17 +108,17 @@ pub fn train(
     let (tp_rank, tp) = (ranks.tp().rank(), ranks.dims().tp);
     let load = LoadOptions { device, kind, pack: false, nf4, tp_rank, tp };
     let mut model = Llama::load(&base, &load)?;
-    let moment_shares = if config.shard_optimizer { ranks.dims().dp } else { 1 };
-    let rank = PlannedRank { tp_rank, tp, moment_shares, nf4 };
-    let kept_layers = kept_layers(config, (base.config(), rank), kind, &examples)?;
-    let adamw = config.adamw.clone();
-    let mut trained = match config.full_finetune {
-        true => Trained::take_weights(&mut model, adamw)?,
-        false => Trained::attach(&mut model, &config.lora, adamw, config.seed)?,
+    let share = match config.shard_optimizer {
+        true => Share { rank: ranks.dp().rank(), ranks: ranks.dims().dp },
+        false => Share::ALL,
     };
-    if config.shard_optimizer {
-        trained.optimizer.divide_moments(ranks.dp())?;
-    }
+    let rank = PlannedRank { tp_rank, tp, optimizer_shares: share.ranks, nf4 };
+    let kept_layers = kept_layers(config, (base.config(), rank), kind, &examples)?;
+    let optimizer = OptimizerConfig { share, ..config.adamw.clone().into() };
+    let mut trained = match config.full_finetune {
+        true => Trained::take_weights(&mut model, optimizer)?,
+        false => Trained::attach(&mut model, &config.lora, optimizer, config.seed)?,
+    };
     if let Some(path) = &config.adapter {
         AdapterFile::open(path)?.check_fits(model.config())?;
         start_from(&Adapter::open(path)?, &mut trained)?;

@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 use crate::{
     error::{Error, Result},
     half_block::Half,
-    optimizer::{AdamWConfig, FlatAdamW},
+    optimizer::{FlatAdamW, OptimizerConfig, Share},
     ranks::Ranks,
 };
 
@@ -63,7 +63,7 @@ impl Trained {
     pub fn attach(
         model: &mut Llama,
         config: &LoraConfig,
-        adamw: AdamWConfig,
+        optimizer: impl Into<OptimizerConfig>,
         seed: u64,
     ) -> Result<Self> {
         let mut modules = Vec::new();
@@ -82,7 +82,7 @@ impl Trained {
             }
             modules.push(module);
         }
-        let optimizer = FlatAdamW::new(adamw, &initial, model.device())?;
+        let optimizer = FlatAdamW::new(optimizer, &initial, model.device())?;
         let leaves = (0..initial.len())
             .map(|entry| Leaf {
                 tensor: optimizer.parameter(entry),
@@ -120,14 +120,18 @@ impl Trained {
     }
 
     /// Takes over all weights of `model`: the optimizer holds them in f32, and the model computes with
-    /// the same memory, or, where it keeps them in another kind, with copies that follow each step.
+    /// the same memory, or, where it keeps them in another kind, with copies that follow each step. Behind
+    /// copies the optimizer's values are divided as its moments are.
     ///
     /// # Errors
     /// If values, gradients and moments do not fit into memory.
-    pub fn take_weights(model: &mut Llama, adamw: AdamWConfig) -> Result<Self> {
+    pub fn take_weights(model: &mut Llama, optimizer: impl Into<OptimizerConfig>) -> Result<Self> {
+        let config = optimizer.into();
         let mut initial = Vec::new();
         let mut ranges = Vec::new();
+        let mut has_copies = false;
         model.replace_weights(&mut |parts, weight| {
+            has_copies |= weight.kind() != Kind::Float;
             let first = initial.len();
             let mut start = 0;
             for (name, rows) in parts {
@@ -137,7 +141,11 @@ impl Trained {
             ranges.push(first..initial.len());
             Ok(weight.shallow_clone())
         })?;
-        let optimizer = FlatAdamW::new(adamw, &initial, model.device())?;
+        let divides_values = has_copies && config.share != Share::ALL;
+        let optimizer = match divides_values {
+            true => FlatAdamW::with_divided_values(config, &initial, model.device())?,
+            false => FlatAdamW::new(config, &initial, model.device())?,
+        };
         let part = |(name, _): &(String, Tensor)| {
             let module = name.strip_suffix(".weight").unwrap_or(name);
             part_of(model, module, TrainedTensor::Weight)
@@ -148,7 +156,7 @@ impl Trained {
         let mut leaves = Vec::new();
         model.replace_weights(&mut |_, weight| {
             let entries = ranges.next().unwrap_or_default();
-            let copied = weight.kind() != Kind::Float;
+            let copied = weight.kind() != Kind::Float || divides_values;
             let tensor = match copied {
                 true => weight.detach().copy(),
                 false => optimizer.joined(entries.clone(), &weight.size()).detach(),
@@ -221,6 +229,9 @@ impl Trained {
     }
 
     /// The value behind a leaf, in f32, sharing the optimizer's memory.
+    ///
+    /// # Panics
+    /// If values are divided, and not all of it are here.
     pub fn value(&self, leaf: usize) -> Tensor {
         let Leaf { tensor, entries, .. } = &self.leaves[leaf];
         self.optimizer.joined(entries.clone(), &tensor.size())
@@ -251,7 +262,11 @@ impl Trained {
     pub fn step(&mut self, learning_rate: f64, grad_norm: f64, ranks: &Ranks<'_>) -> Result<()> {
         self.optimizer.step(learning_rate, grad_norm)?;
         self.optimizer.share_updates(ranks.dp())?;
-        self.follow()
+        for leaf in self.leaves.iter().filter(|leaf| leaf.copied) {
+            let target = leaf.tensor.detach();
+            self.optimizer.copy_joined_to(leaf.entries.clone(), &target, ranks.dp())?;
+        }
+        Ok(())
     }
 
     /// Makes the gradients of this rank's rows complete: sums them over the replicas, then what is a
@@ -295,7 +310,7 @@ impl Trained {
         };
         let own = self.parts.iter().zip(states).map(narrowed).collect::<Result<Vec<_>>>()?;
         self.optimizer.restore(&own, updates)?;
-        self.follow()
+        own.iter().enumerate().try_for_each(|(index, [value, ..])| self.copy_to_leaf(index, value))
     }
 
     /// Puts a whole matrix in the place of entry `index`'s value, of which each rank has its part.
@@ -303,26 +318,23 @@ impl Trained {
     /// # Errors
     /// If the shape differs.
     pub fn set_value(&mut self, index: usize, whole: &Tensor) -> Result<()> {
-        self.optimizer.set_value(index, &self.parts[index].shard().narrow(whole)?)?;
-        self.follow()
+        let value = self.parts[index].shard().narrow(whole)?;
+        self.optimizer.set_value(index, &value)?;
+        self.copy_to_leaf(index, &value)
     }
 
-    /// Value and moments of entry `index` of the whole model, given this rank's
-    /// [`moments`](FlatAdamW::moments). Every rank of the group that shares the model must call this; all
-    /// get the same.
+    /// Value and moments of entry `index` of the whole model. Every rank must call this; those of the
+    /// first replica get them.
     ///
     /// # Errors
     /// If a rank is gone.
-    pub fn whole_state(
-        &self,
-        index: usize,
-        moments: &[Tensor; 2],
-        tp: &dyn Communicator,
-    ) -> Result<[Tensor; 3]> {
-        let value = self.optimizer.value(index);
-        let [m, v] = moments.each_ref().map(|moment| self.optimizer.view(index, moment));
-        let whole = |part: &Tensor| gather_trained(&self.parts[index], part, tp);
-        Ok([whole(&value)?, whole(&m)?, whole(&v)?])
+    pub fn whole_state(&self, index: usize, ranks: &Ranks<'_>) -> Result<Option<[Tensor; 3]>> {
+        let [value, m, v] = self.optimizer.state(index, ranks.dp())?;
+        if !ranks.is_of_first_replica() {
+            return Ok(None);
+        }
+        let whole = |part: &Tensor| gather_trained(&self.parts[index], part, ranks.tp());
+        Ok(Some([whole(&value)?, whole(&m)?, whole(&v)?]))
     }
 
     /// The shape of entry `index` of the whole model.
@@ -330,12 +342,15 @@ impl Trained {
         self.parts[index].shard().full_shape(&self.optimizer.entries()[index].shape)
     }
 
-    /// Copies of the model take over the optimizer's values.
-    fn follow(&self) -> Result<()> {
-        for leaf in self.leaves.iter().filter(|leaf| leaf.copied) {
-            let value = self.optimizer.joined(leaf.entries.clone(), &leaf.tensor.size());
-            no_grad(|| leaf.tensor.detach().f_copy_(&value))?;
-        }
+    /// Where the model computes with a copy, it takes over the value of entry `index`.
+    fn copy_to_leaf(&self, index: usize, value: &Tensor) -> Result<()> {
+        let holds = |leaf: &&Leaf| leaf.copied && leaf.entries.contains(&index);
+        let Some(leaf) = self.leaves.iter().find(holds) else { return Ok(()) };
+        let entries = self.optimizer.entries();
+        let start = entries[index].range.start - entries[leaf.entries.start].range.start;
+        let flat = leaf.tensor.detach().f_view([-1])?;
+        let mut place = flat.f_narrow(0, start, value.numel() as i64)?;
+        no_grad(|| place.f_copy_(&value.f_reshape([-1])?))?;
         Ok(())
     }
 

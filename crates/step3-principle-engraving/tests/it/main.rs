@@ -4,6 +4,7 @@
 
 mod billion; // a model of a billion parameters on two ranks, for minutes
 mod commands; // the program as a user runs it, interruptions included
+mod divided; // what replicas divide: the same results in the memory that is planned
 mod faults; // runs that are killed, stopped, or find damaged checkpoints
 mod formats; // data sets of other formats: tokens and masks of Hugging Face's libraries, errors, whole runs
 mod goldens; // PEFT's gradients and losses

@@ -168,10 +168,14 @@ fn child() {
     for _ in 0..2 {
         trainer.train_step().unwrap();
     }
+    println!("peak {}", peak());
+}
+
+/// The most memory that this process has held, in bytes.
+pub(crate) fn peak() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-    let kilobytes: u64 = peak.split_whitespace().next().unwrap().parse().unwrap();
-    println!("peak {}", kilobytes << 10);
+    peak.split_whitespace().next().unwrap().parse::<u64>().unwrap() << 10
 }
 
 #[test]

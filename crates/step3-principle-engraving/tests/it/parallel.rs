@@ -12,8 +12,8 @@ use dromedary_command::StopFlag;
 use dromedary_llama::{Adapter, Checkpoint, Llama, LoadOptions, LoraConfig, Shard};
 use dromedary_parallel::{Communicator, ThreadCommunicator, threads};
 use dromedary_principle_engraving::{
-    AdamWConfig, BatchConfig, Batches, Example, Ranks, Schedule, ScheduleType, TrainArgs,
-    TrainConfig, Trained, Trainer, TrainerParts, train,
+    AdamWConfig, BatchConfig, Batches, Example, OptimizerConfig, Ranks, Schedule, ScheduleType,
+    TrainArgs, TrainConfig, Trained, Trainer, TrainerParts, train,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -28,36 +28,36 @@ use crate::{
 /// How far losses, norms and trained numbers may be from those of one rank.
 const TOLERANCE: f64 = 1e-4;
 /// Micro-batches of a step, of all replicas together.
-const MICRO_BATCHES: usize = 4;
+pub(crate) const MICRO_BATCHES: usize = 4;
 const SOON: Duration = Duration::from_secs(20);
 
 #[derive(Parser)]
-struct Flags {
+pub(crate) struct Flags {
     #[command(flatten)]
-    train: TrainArgs,
+    pub(crate) train: TrainArgs,
 }
 
 /// A layout of ranks.
 #[derive(Clone, Copy)]
-struct Dims {
-    dp: usize,
-    tp: usize,
+pub(crate) struct Dims {
+    pub(crate) dp: usize,
+    pub(crate) tp: usize,
 }
 
 impl Dims {
-    fn name(self, what: &str) -> String {
+    pub(crate) fn name(self, what: &str) -> String {
         format!("{what}-dp{}-tp{}", self.dp, self.tp)
     }
 }
 
 /// tp 2 cuts the model's 8 heads of 4 K/V heads evenly, tp 3 puts two K/V heads on two ranks each.
-const LAYOUTS: [Dims; 4] =
+pub(crate) const LAYOUTS: [Dims; 4] =
     [Dims { dp: 2, tp: 1 }, Dims { dp: 1, tp: 2 }, Dims { dp: 1, tp: 3 }, Dims { dp: 2, tp: 2 }];
-const ONE: Dims = Dims { dp: 1, tp: 1 };
+pub(crate) const ONE: Dims = Dims { dp: 1, tp: 1 };
 
 /// Flags of a run whose steps see the same rows at any layout: two epochs, the last step of each with
 /// fewer micro-batches than replicas could use.
-fn flags(job: &Job, dims: Dims, output_dir: &Path, more: &[&str]) -> Vec<String> {
+pub(crate) fn flags(job: &Job, dims: Dims, output_dir: &Path, more: &[&str]) -> Vec<String> {
     let accumulation = (MICRO_BATCHES / dims.dp).to_string();
     let path = |path: PathBuf| path.display().to_string();
     let mut flags: Vec<String> = [
@@ -83,7 +83,7 @@ fn flags(job: &Job, dims: Dims, output_dir: &Path, more: &[&str]) -> Vec<String>
 }
 
 /// A run whose ranks are threads of this process.
-fn on_threads(job: &Job, dims: Dims, output_dir: &Path, more: &[&str]) {
+pub(crate) fn on_threads(job: &Job, dims: Dims, output_dir: &Path, more: &[&str]) {
     let flags = flags(job, dims, output_dir, more);
     let flags = Flags::parse_from([vec!["train".to_owned()], flags].concat());
     let config = TrainConfig::try_from(flags.train).unwrap();
@@ -93,7 +93,10 @@ fn on_threads(job: &Job, dims: Dims, output_dir: &Path, more: &[&str]) {
     }
 }
 
-fn on_ranks<R: Send>(count: usize, run: impl Fn(&ThreadCommunicator) -> R + Sync) -> Vec<R> {
+pub(crate) fn on_ranks<R: Send>(
+    count: usize,
+    run: impl Fn(&ThreadCommunicator) -> R + Sync,
+) -> Vec<R> {
     let run = &run;
     thread::scope(|scope| {
         let rank = |comm: ThreadCommunicator| {
@@ -108,7 +111,7 @@ fn on_ranks<R: Send>(count: usize, run: impl Fn(&ThreadCommunicator) -> R + Sync
 }
 
 /// A run of the program under mpirun.
-fn start(
+pub(crate) fn start(
     job: &Job,
     dims: Dims,
     output_dir: &Path,
@@ -121,17 +124,17 @@ fn start(
     launched::start(command, variables)
 }
 
-fn under_mpirun(job: &Job, dims: Dims, output_dir: &Path, more: &[&str]) -> End {
+pub(crate) fn under_mpirun(job: &Job, dims: Dims, output_dir: &Path, more: &[&str]) -> End {
     start(job, dims, output_dir, more, &[]).finish()
 }
 
-fn metrics(output_dir: &Path) -> Vec<Value> {
+pub(crate) fn metrics(output_dir: &Path) -> Vec<Value> {
     let text = fs::read_to_string(output_dir.join("metrics.jsonl")).unwrap();
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
 /// The trained numbers by name: of the adapter, or of the model.
-fn trained(output_dir: &Path) -> Vec<(String, Tensor)> {
+pub(crate) fn trained(output_dir: &Path) -> Vec<(String, Tensor)> {
     let adapter = output_dir.join("adapter");
     if adapter.exists() {
         let tensors = Adapter::open(adapter).unwrap().tensors;
@@ -146,13 +149,13 @@ fn trained(output_dir: &Path) -> Vec<(String, Tensor)> {
     model.names().map(|name| (name.to_owned(), model.read(name).unwrap())).collect()
 }
 
-fn largest(tensor: &Tensor) -> f64 {
+pub(crate) fn largest(tensor: &Tensor) -> f64 {
     tensor.abs().max().double_value(&[])
 }
 
 /// Losses, norms and results of both runs agree.
 #[track_caller]
-fn assert_same_run(got: &Path, want: &Path) {
+pub(crate) fn assert_same_run(got: &Path, want: &Path) {
     let (got_steps, want_steps) = (metrics(got), metrics(want));
     assert_eq!(got_steps.len(), want_steps.len());
     for (got, want) in got_steps.iter().zip(&want_steps) {
@@ -177,9 +180,9 @@ fn assert_same_run(got: &Path, want: &Path) {
 }
 
 /// Held-out rows, dropout whose masks are those of the whole model, gradients that are clipped.
-const ADAPTERS: [&str; 6] =
+pub(crate) const ADAPTERS: [&str; 6] =
     ["--lora-dropout", "0.1", "--eval-dataset-size", "5", "--eval-steps", "3"];
-const WEIGHTS: [&str; 2] = ["--full-finetune", "true"];
+pub(crate) const WEIGHTS: [&str; 2] = ["--full-finetune", "true"];
 
 fn every_layout_trains_as_one_rank(more: &[&str]) {
     let job = Job::new(27);
@@ -213,35 +216,11 @@ fn adapters_on_four_bits_are_those_of_one_rank_at_every_layout() {
 }
 
 #[test]
-fn divided_moments_change_nothing() {
-    let job = Job::new(27);
-    for (name, more) in [("adapters", &ADAPTERS[..]), ("weights", &WEIGHTS[..])] {
-        let one = job.path(&format!("one-{name}"));
-        on_threads(&job, ONE, &one, more);
-        let divided = [more, &["--shard-optimizer"]].concat();
-        for dims in [Dims { dp: 2, tp: 1 }, Dims { dp: 4, tp: 1 }, Dims { dp: 2, tp: 2 }] {
-            let plain = job.path(&dims.name(&format!("plain-{name}")));
-            under_mpirun(&job, dims, &plain, more).assert_success();
-            let out = job.path(&dims.name(&format!("divided-{name}")));
-            under_mpirun(&job, dims, &out, &divided).assert_success();
-            assert_same_run(&out, &one);
-            // With two addends a sum has one order only.
-            let steps = metrics(&out).len();
-            let file = |dir: &Path| {
-                fs::read(dir.join(format!("checkpoint-{steps}/optimizer.safetensors"))).unwrap()
-            };
-            let equal = file(&out) == file(&plain);
-            assert!(equal || dims.dp > 2, "{}", dims.name("moments"));
-        }
-    }
-}
-
-#[test]
 fn weights_of_every_layout_are_those_of_one_rank() {
     every_layout_trains_as_one_rank(&WEIGHTS);
 }
 
-fn rows() -> Vec<Example> {
+pub(crate) fn rows() -> Vec<Example> {
     (0..4u64)
         .map(|id| {
             let ids = (0..9 + 11 * id).map(|at| ((at * 29 + id * 17) % 500 + 3) as u32);
@@ -250,13 +229,21 @@ fn rows() -> Vec<Example> {
         .collect()
 }
 
-/// Adapters whose A and B are both random, each rank's part of the same whole ones.
 fn attached(comm: &dyn Communicator, tp: usize) -> (Llama, Trained) {
+    attached_with(comm, tp, AdamWConfig::default())
+}
+
+/// Adapters whose A and B are both random, each rank's part of the same whole ones.
+pub(crate) fn attached_with(
+    comm: &dyn Communicator,
+    tp: usize,
+    optimizer: impl Into<OptimizerConfig>,
+) -> (Llama, Trained) {
     let options =
         LoadOptions { pack: false, tp_rank: comm.rank() % tp, tp, ..LoadOptions::default() };
     let mut model = Llama::load(&Checkpoint::open(stories260k()).unwrap(), &options).unwrap();
     let config = LoraConfig { r: 4, ..LoraConfig::default() };
-    let mut trained = Trained::attach(&mut model, &config, AdamWConfig::default(), 7).unwrap();
+    let mut trained = Trained::attach(&mut model, &config, optimizer, 7).unwrap();
     for entry in 0..trained.parts().len() {
         let local = trained.optimizer.entries()[entry].shape.clone();
         let [rows, columns] = trained.parts()[entry].shard().full_shape(&local)[..] else {
@@ -269,7 +256,7 @@ fn attached(comm: &dyn Communicator, tp: usize) -> (Llama, Trained) {
     (model, trained)
 }
 
-fn trainer<'a>(
+pub(crate) fn trainer<'a>(
     model: &'a Llama,
     trained: Trained,
     examples: &'a [Example],
@@ -463,7 +450,7 @@ fn a_tp_that_does_not_fit_names_both_numbers() {
     }
 }
 
-fn checkpoints(out: &Path) -> Vec<String> {
+pub(crate) fn checkpoints(out: &Path) -> Vec<String> {
     let names = fs::read_dir(out).unwrap().map(|entry| entry.unwrap().file_name());
     let mut names: Vec<_> = names.map(|name| name.into_string().unwrap()).collect();
     names.retain(|name| name.contains("checkpoint-"));
@@ -515,10 +502,15 @@ fn stopped(
     fault: &str,
     more: &[&str],
 ) -> End {
-    let mut run = start(job, dims, out, more, &[("DROMEDARY_FAULT", fault)]);
+    let run = start(job, dims, out, more, &[("DROMEDARY_FAULT", fault)]);
+    signalled(run, dims.dp * dims.tp, signals)
+}
+
+/// Signals to ranks while one of them stands still at its fault, from which it goes on then.
+pub(crate) fn signalled(mut run: launched::Job, ranks: usize, signals: &[(usize, Signal)]) -> End {
     run.until_said("fault on purpose", 1);
-    let pids: Vec<Pid> = run.pids();
-    assert_eq!(pids.len(), dims.dp * dims.tp);
+    let pids = if ranks == 1 { vec![run.launcher()] } else { run.pids() };
+    assert_eq!(pids.len(), ranks);
     // It says so before it stands still, and a signal to go on that comes in between is lost.
     let stands = |pid: &Pid| {
         let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
@@ -526,7 +518,7 @@ fn stopped(
     };
     let begun = Instant::now();
     while !pids.iter().any(stands) {
-        assert!(begun.elapsed() < SOON, "no rank stands still at {fault}");
+        assert!(begun.elapsed() < SOON, "no rank stands still");
         thread::sleep(Duration::from_millis(5));
     }
     for (rank, signal) in signals {

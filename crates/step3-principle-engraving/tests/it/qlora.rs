@@ -11,7 +11,7 @@ use serde::Deserialize;
 use crate::{
     goldens::{self, close_to_the_largest, relative, tensors},
     job::{Job, computed, file, stderr, succeeded},
-    memory,
+    memory::{self, peak},
     support::{self, stories260k},
 };
 
@@ -150,12 +150,6 @@ fn frozen_weights_take_four_bits_at_the_peak() {
     eprintln!("{bits:.3} bits a frozen number; training adds {} bytes", trained - loaded);
     assert!((bits / 4.13 - 1.0).abs() < 0.1, "{bits} bits: {numbers:?}");
     assert!(trained - loaded < TRAINING, "{numbers:?}, more than {TRAINING}");
-}
-
-fn peak() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-    peak.split_whitespace().next().unwrap().parse::<u64>().unwrap() << 10
 }
 
 fn two_steps(model: &mut Llama) {

@@ -79,8 +79,8 @@ pub(crate) fn add_noise(trained: &Trained) {
 
 /// Copies of all values and of both moments.
 pub(crate) fn numbers(optimizer: &FlatAdamW) -> Vec<Tensor> {
-    let values = (0..optimizer.entries().len()).map(|entry| optimizer.value(entry));
-    values.chain(optimizer.moments(&SingleProcess).unwrap()).map(|tensor| tensor.copy()).collect()
+    let state = |entry| optimizer.state(entry, &SingleProcess).unwrap();
+    (0..optimizer.entries().len()).flat_map(state).map(|tensor| tensor.copy()).collect()
 }
 
 /// A trainer whose one step sees all rows at once.
