@@ -13,7 +13,7 @@
 //! head_dim.
 
 use dromedary_llama::{
-    AttentionState, ClosedForm, HalfGradients, LayerPass, MlpState, RotaryAt,
+    AttentionState, ClosedForm, HalfGradients, LayerPass, Llama, MlpState, RotaryAt,
     block::{self, Layer},
 };
 use dromedary_parallel::Communicator;
@@ -69,7 +69,21 @@ pub struct HalfBlock<'a> {
     pub closed_form: Option<&'a ClosedForm>,
 }
 
-impl HalfBlock<'_> {
+impl<'a> HalfBlock<'a> {
+    /// Both halves of each layer over the rows of one micro-batch, in the order of forward.
+    pub(crate) fn of_layers(
+        model: &'a Llama,
+        rotary_at: &'a RotaryAt,
+        lengths: &'a [i64],
+        closed_form: Option<&'a ClosedForm>,
+    ) -> Vec<Self> {
+        let halves = |layer| {
+            let half_block = |half| Self { layer, half, rotary_at, lengths, closed_form };
+            [Half::Attention, Half::Mlp].map(half_block)
+        };
+        model.layers().iter().flat_map(halves).collect()
+    }
+
     /// This rank's part of what the half-block adds to its input: (T, C) -> (T, C).
     fn partial(&self, x: &Tensor) -> Result<Tensor> {
         match self.half {

@@ -13,7 +13,7 @@ use crate::{
     collate::{Example, MicroBatch},
     dataset::{DataConfig, Dataset},
     error::{Error, Result},
-    half_block::{Half, HalfBlock, Keep},
+    half_block::{HalfBlock, Keep},
     loss::{Head, head_loss},
     ranks::Ranks,
 };
@@ -138,14 +138,10 @@ fn summed_loss(
     batch: &MicroBatch,
     comm: &dyn Communicator,
 ) -> Result<f64> {
-    let lengths = &batch.lengths;
     let rotary_at = model.rotary_at(&batch.positions())?;
     let mut hidden = no_grad(|| model.embed(&batch.input_ids))?; // (T, C)
-    for layer in model.layers() {
-        for half in [Half::Attention, Half::Mlp] {
-            let half_block = HalfBlock { layer, half, rotary_at: &rotary_at, lengths, closed_form };
-            (hidden, _) = half_block.forward(&hidden, Keep::Input, comm)?;
-        }
+    for half_block in HalfBlock::of_layers(model, &rotary_at, &batch.lengths, closed_form) {
+        (hidden, _) = half_block.forward(&hidden, Keep::Input, comm)?;
     }
     let head = Head { model, closed_form, leaves: None };
     Ok(head_loss(head, &hidden, batch, 0.0, comm)?.loss_sum)

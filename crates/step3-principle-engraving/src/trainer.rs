@@ -288,15 +288,8 @@ impl<'a> Trainer<'a> {
     /// to the optimizer's, and returns the summed loss.
     fn accumulate(&mut self, batch: &MicroBatch, scale: f64) -> Result<f64> {
         let rotary_at = self.model.rotary_at(&batch.positions())?;
-        let mut half_blocks = Vec::with_capacity(self.leaves.len());
-        for layer in self.model.layers() {
-            for half in [Half::Attention, Half::Mlp] {
-                let (rotary_at, lengths) = (&rotary_at, &batch.lengths[..]);
-                let closed_form = self.closed_form.as_ref();
-                half_blocks.push(HalfBlock { layer, half, rotary_at, lengths, closed_form });
-            }
-        }
-
+        let closed_form = self.closed_form.as_ref();
+        let half_blocks = HalfBlock::of_layers(self.model, &rotary_at, &batch.lengths, closed_form);
         let mut hidden = no_grad(|| self.model.embed(&batch.input_ids))?; // (T, C)
         let mut saved = Vec::with_capacity(half_blocks.len());
         for (index, half_block) in half_blocks.iter().enumerate() {
@@ -309,7 +302,7 @@ impl<'a> Trainer<'a> {
         let leaves = self.trained.head_leaves();
         let head = Head {
             model: self.model,
-            closed_form: self.closed_form.as_ref(),
+            closed_form,
             leaves: leaves.map(|leaves| leaves.map(|leaf| self.trained.leaf(leaf))),
         };
         let head = head_loss(head, &hidden, batch, scale, self.ranks.tp())?;
