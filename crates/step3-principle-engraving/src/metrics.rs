@@ -115,6 +115,25 @@ impl Journal {
     }
 }
 
+/// Tokens in a second that a run's metrics have seen, and the steps behind the number: all but the first, in
+/// which memory is touched for the first time.
+///
+/// # Errors
+/// A file that cannot be read, or without steps.
+pub(crate) fn measured_rate(path: &Path) -> Result<(f64, usize)> {
+    // A run has none at its beginning; one that was named is to be there.
+    fs::metadata(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
+    let lines = lines_up_to(path, u64::MAX)?;
+    let steps = if lines.len() > 1 { &lines[1..] } else { &lines[..] };
+    let tokens: usize = steps.iter().map(|line| line.step.tokens).sum();
+    let seconds: f64 = steps.iter().map(|line| line.step.seconds).sum();
+    if tokens == 0 || seconds <= 0.0 {
+        let message = format!("{} holds no step", path.display());
+        return Err(Error::Setting { setting: "--measured", message });
+    }
+    Ok((tokens as f64 / seconds, steps.len()))
+}
+
 /// The lines of the steps that a run goes on from; those that a killed run made behind its last
 /// checkpoint will be made again.
 fn lines_up_to(path: &Path, steps_done: u64) -> Result<Vec<Line>> {

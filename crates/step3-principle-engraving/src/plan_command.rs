@@ -15,7 +15,9 @@ use crate::{
     config::target_modules,
     error::Result,
     formats::DatasetFormat,
+    metrics::measured_rate,
     plan::{MemoryPlan, PlanInput, PlannedRank, PlannedTraining},
+    scaling::{Network, Rate, Scaling, ScalingInput, Workload},
 };
 
 /// Share of the speed of one large product that a whole step reaches.
@@ -24,7 +26,8 @@ const EFFICIENCY: f64 = 0.8;
 /// Tell what a run will take, from a config.json alone: memory by part, steps, tokens, hours.
 ///
 /// Nothing is loaded. Memory is that of training in f32 on a CPU; hours come from the speed of a product
-/// that is measured here for a moment, or from --gflops.
+/// that is measured here for a moment, from --gflops, or from the tokens that one rank was seen to train on in a
+/// second. --nodes adds what more nodes bring, with the assumptions behind it.
 #[derive(Clone, Debug, Default, clap::Args, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PlanArgs {
@@ -103,10 +106,11 @@ pub struct PlanArgs {
     /// Ranks that hold one model together [default: 1].
     #[arg(long, value_name = "N")]
     pub tp: Option<usize>,
-    /// Replicas of the model, which share the rows of a step [default: 1].
+    /// Replicas of the model, which share the rows of a step [default: 1; with --nodes those of one node].
     #[arg(long, value_name = "N")]
     pub dp: Option<usize>,
-    /// Divide the optimizer's moments over the replicas [default: false].
+    /// Divide the optimizer's moments, and the f32 values behind 16-bit weights, over the replicas
+    /// [default: false].
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
     pub shard_optimizer: Option<bool>,
     /// Bits of the frozen linear layers: 4, or 16 for --dtype [default: as the base is stored].
@@ -118,6 +122,30 @@ pub struct PlanArgs {
     /// GFLOP/s of a large product [default: measured here].
     #[arg(long, value_name = "GFLOPS")]
     pub gflops: Option<f64>,
+    /// Tokens that one rank, which holds the whole model, trains on in a second.
+    #[arg(long, value_name = "TOKENS", conflicts_with_all = ["gflops", "measured"])]
+    pub tokens_per_second: Option<f64>,
+    /// The same from the metrics.jsonl of a run on one rank, its first step left out.
+    #[arg(long, value_name = "FILE", conflicts_with = "gflops")]
+    pub measured: Option<PathBuf>,
+    /// Tell what up to so many nodes bring.
+    #[arg(long, value_name = "N")]
+    pub nodes: Option<usize>,
+    /// Ranks of a node [default: 8].
+    #[arg(long, value_name = "N", requires = "nodes")]
+    pub ranks_per_node: Option<usize>,
+    /// GB/s from a rank to others of its node, in one direction [default: 300, as NVLink 3 of an A100].
+    #[arg(long, value_name = "GB/S", requires = "nodes")]
+    pub bandwidth_in_node: Option<f64>,
+    /// Microseconds until the first byte is there [default: 3.4, as NCCL assumes for NVLink].
+    #[arg(long, value_name = "US", requires = "nodes")]
+    pub latency_in_node: Option<f64>,
+    /// GB/s from a node to others, in one direction [default: 25, as one port of HDR InfiniBand].
+    #[arg(long, value_name = "GB/S", requires = "nodes")]
+    pub bandwidth_between_nodes: Option<f64>,
+    /// Microseconds until the first byte is there [default: 14, as NCCL assumes for a network].
+    #[arg(long, value_name = "US", requires = "nodes")]
+    pub latency_between_nodes: Option<f64>,
     /// Print JSON, with exact numbers, instead of a table [default: false].
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
     pub json: Option<bool>,
@@ -144,6 +172,8 @@ pub struct PlanReport {
     pub flops: f64,
     /// Wall time.
     pub hours: f64,
+    /// Time over numbers of nodes, where asked for.
+    pub scaling: Option<Scaling>,
 }
 
 impl PlanReport {
@@ -166,26 +196,28 @@ impl PlanReport {
             let r = args.lora_r.unwrap_or(64);
             PlannedTraining::Adapters(LoraConfig { r, target_modules, ..LoraConfig::default() })
         };
-        let batch_size = args.per_device_train_batch_size.unwrap_or(1);
         let learned = args.learned.unwrap_or(0.5);
         if !(0.0..=1.0).contains(&learned) {
             return Err(
                 CommandError::usage(format!("--learned {learned}: must be in 0..=1")).into()
             );
         }
-        let tokens = batch_size * args.max_row_tokens.unwrap_or(1280);
+        let (tp, dp) = layout(args)?;
+        let workload = workload(args, dp);
+        let tokens = workload.batch_size * args.max_row_tokens.unwrap_or(1280);
+        let targets = |tokens: u64| (tokens as f64 * learned).ceil() as u64;
         let mut input = PlanInput {
             config: &config,
             kind,
             training,
             tokens,
-            targets: (tokens as f64 * learned).ceil() as u64,
+            targets: targets(tokens),
             kept_layers: 0,
-            rank: planned_rank(args, nf4)?,
+            rank: planned_rank(args, (tp, dp), nf4)?,
         };
         let mode = args.activations.unwrap_or(ActivationsMode::Recompute);
         input.kept_layers = mode.kept_layers(&input, args.max_memory.map(|size| size.0))?;
-        let ranks = (0..input.rank.tp)
+        let ranks = (0..tp)
             .map(|tp_rank| {
                 let rank = PlannedRank { tp_rank, ..input.rank };
                 MemoryPlan::new(&PlanInput { rank, ..input.clone() })
@@ -193,15 +225,27 @@ impl PlanReport {
             .collect::<Result<Vec<_>>>()?;
         let memory = ranks.iter().copied().max_by_key(MemoryPlan::total);
         let memory = memory.map_or_else(|| MemoryPlan::new(&input), Ok)?;
-        let dp = args.dp.unwrap_or(1);
-        let (rows, epochs) = (args.rows.unwrap_or(10_000), args.num_train_epochs.unwrap_or(1.0));
-        let rows_per_step = batch_size * args.gradient_accumulation_steps.unwrap_or(16) * dp as u64;
-        let mean = args.row_tokens.unwrap_or(512);
-        let tokens = (rows as f64 * epochs) as u64 * mean;
-        let flops = tokens as f64 * flops_per_token(&input, mean, learned)?;
-        let speed = match args.gflops {
-            Some(gflops) => gflops * 1e9,
-            None => ClosedForm::measured_speed()?,
+        let Workload { rows, row_tokens, epochs, .. } = workload;
+        let tokens = (rows as f64 * epochs) as u64 * row_tokens;
+        let flops_per_token = flops_per_token(&input, row_tokens, learned)?;
+        let rate = rate(args, flops_per_token)?;
+        let hours = tokens as f64 / (rate.tokens_per_second * (dp * tp) as f64) / 3600.0;
+        let scaling = match args.nodes {
+            None => None,
+            Some(nodes) => {
+                let tokens = workload.batch_size * row_tokens;
+                let plan = PlanInput { tokens, targets: targets(tokens), ..input.clone() };
+                Some(Scaling::new(&ScalingInput {
+                    plan,
+                    // A GPU computes in the kind of the weights.
+                    compute_kind: kind,
+                    shard_optimizer: args.shard_optimizer == Some(true),
+                    workload,
+                    rate,
+                    network: network(args)?,
+                    nodes,
+                })?)
+            }
         };
         Ok(Self {
             kept_layers: input.kept_layers,
@@ -209,10 +253,11 @@ impl PlanReport {
             total_bytes: memory.total(),
             ranks,
             dp,
-            steps: (rows.div_ceil(rows_per_step.max(1)) as f64 * epochs).ceil() as u64,
+            steps: workload.steps(workload.rows_per_step()),
             tokens,
-            flops,
-            hours: flops / (EFFICIENCY * speed * (dp * input.rank.tp) as f64) / 3600.0,
+            flops: tokens as f64 * flops_per_token,
+            hours,
+            scaling,
         })
     }
 
@@ -251,17 +296,99 @@ impl PlanReport {
         let _ = writeln!(text, "\nlayers whose activations are kept  {kept_layers}");
         let _ = writeln!(text, "steps   {steps}\ntokens  {tokens}");
         let _ = writeln!(text, "work    {:.1} TFLOP\nhours   {hours:.2}", flops / 1e12);
-        text
+        text + &self.scaling.as_ref().map(Scaling::table).unwrap_or_default()
     }
 }
 
-/// The first rank of a replica; `stored_nf4` says that the base is stored in four bits.
-fn planned_rank(args: &PlanArgs, stored_nf4: bool) -> anyhow::Result<PlannedRank> {
-    for (flag, value) in [("tp", args.tp), ("dp", args.dp)] {
+/// Ranks of a replica, and replicas.
+fn layout(args: &PlanArgs) -> anyhow::Result<(usize, usize)> {
+    let counts = [("tp", args.tp), ("dp", args.dp), ("ranks-per-node", args.ranks_per_node)];
+    for (flag, value) in counts {
         if value == Some(0) {
             return Err(CommandError::usage(format!("--{flag} 0: must be at least 1")).into());
         }
     }
+    let tp = args.tp.unwrap_or(1);
+    let of_node = network(args)?.ranks_per_node / tp;
+    let dp = args.dp.unwrap_or(if args.nodes.is_some() { of_node.max(1) } else { 1 });
+    Ok((tp, dp))
+}
+
+fn workload(args: &PlanArgs, dp: usize) -> Workload {
+    Workload {
+        rows: args.rows.unwrap_or(10_000),
+        row_tokens: args.row_tokens.unwrap_or(512),
+        epochs: args.num_train_epochs.unwrap_or(1.0),
+        batch_size: args.per_device_train_batch_size.unwrap_or(1),
+        accumulation_steps: args.gradient_accumulation_steps.unwrap_or(16),
+        replicas: dp as u64,
+    }
+}
+
+fn network(args: &PlanArgs) -> anyhow::Result<Network> {
+    let mut network = Network::default();
+    if let Some(ranks) = args.ranks_per_node {
+        network.ranks_per_node = ranks;
+    }
+    let Network { within_node, between_nodes, .. } = &mut network;
+    for (flag, given, unit, number) in [
+        ("bandwidth-in-node", args.bandwidth_in_node, 1e9, &mut within_node.bytes_per_second),
+        ("latency-in-node", args.latency_in_node, 1e-6, &mut within_node.latency_seconds),
+        (
+            "bandwidth-between-nodes",
+            args.bandwidth_between_nodes,
+            1e9,
+            &mut between_nodes.bytes_per_second,
+        ),
+        (
+            "latency-between-nodes",
+            args.latency_between_nodes,
+            1e-6,
+            &mut between_nodes.latency_seconds,
+        ),
+    ] {
+        if let Some(given) = given {
+            *number = unit * positive(flag, given)?;
+        }
+    }
+    Ok(network)
+}
+
+fn positive(flag: &str, number: f64) -> anyhow::Result<f64> {
+    if number.is_finite() && number > 0.0 {
+        return Ok(number);
+    }
+    Err(CommandError::usage(format!("--{flag} {number}: must be above 0")).into())
+}
+
+/// The speed of one rank with the whole model.
+fn rate(args: &PlanArgs, flops_per_token: f64) -> anyhow::Result<Rate> {
+    if let Some(tokens_per_second) = args.tokens_per_second {
+        let tokens_per_second = positive("tokens-per-second", tokens_per_second)?;
+        return Ok(Rate { tokens_per_second, source: "--tokens-per-second".to_owned() });
+    }
+    if let Some(path) = &args.measured {
+        let (tokens_per_second, steps) = measured_rate(path)?;
+        let source = format!("{steps} steps of {}", path.display());
+        return Ok(Rate { tokens_per_second, source });
+    }
+    let (speed, source) = match args.gflops {
+        Some(gflops) => (1e9 * positive("gflops", gflops)?, "of --gflops"),
+        None => (ClosedForm::measured_speed()?, "of a product measured here"),
+    };
+    let (gflops, per_token) = (speed / 1e9, flops_per_token / 1e9);
+    let source = format!(
+        "{EFFICIENCY} x {gflops:.0} GFLOP/s {source}, at {per_token:.2} GFLOP a token; not measured"
+    );
+    Ok(Rate { tokens_per_second: EFFICIENCY * speed / flops_per_token, source })
+}
+
+/// The first rank of a replica; `stored_nf4` says that the base is stored in four bits.
+fn planned_rank(
+    args: &PlanArgs,
+    (tp, dp): (usize, usize),
+    stored_nf4: bool,
+) -> anyhow::Result<PlannedRank> {
     let nf4 = match args.bits {
         Some(4) if args.full_finetune == Some(true) => {
             return Err(
@@ -276,8 +403,8 @@ fn planned_rank(args: &PlanArgs, stored_nf4: bool) -> anyhow::Result<PlannedRank
         }
     };
     let is_divided = args.shard_optimizer == Some(true);
-    let moment_shares = if is_divided { args.dp.unwrap_or(1) } else { 1 };
-    Ok(PlannedRank { tp_rank: 0, tp: args.tp.unwrap_or(1), moment_shares, nf4 })
+    let optimizer_shares = if is_divided { dp } else { 1 };
+    Ok(PlannedRank { tp_rank: 0, tp, optimizer_shares, nf4 })
 }
 
 /// Operations for one token of rows of `row_tokens`, forward and backward.

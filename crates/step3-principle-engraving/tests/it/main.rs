@@ -4,7 +4,9 @@
 
 mod billion; // a model of a billion parameters on two ranks, for minutes
 mod commands; // the program as a user runs it, interruptions included
+mod counted; // ranks that count what they are asked for
 mod divided; // what replicas divide: the same results in the memory that is planned
+mod exchanged; // what ranks exchange in a step: buckets, and what the plan counts
 mod faults; // runs that are killed, stopped, or find damaged checkpoints
 mod formats; // data sets of other formats: tokens and masks of Hugging Face's libraries, errors, whole runs
 mod goldens; // PEFT's gradients and losses
@@ -20,5 +22,6 @@ mod modes; // adapters, dropout, all weights, activations, plans: by their flags
 mod parallel; // data- and tensor-parallel runs against one rank, and how they fail
 mod qlora; // frozen weights in four bits: bitsandbytes' gradients, memory, the program
 mod results; // what a run leaves: metrics, curves, card, held-out losses, schedules
+mod scaling; // time per step on paper, over numbers of nodes
 mod steps; // whole optimizer steps: PEFT's losses, accumulation, numbers that are not finite
 mod support; // a small real model and rows to train on
