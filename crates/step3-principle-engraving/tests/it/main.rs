@@ -12,11 +12,13 @@ mod formats; // data sets of other formats: tokens and masks of Hugging Face's l
 mod goldens; // PEFT's gradients and losses
 mod gradients; // half-blocks and head against one whole graph
 mod inspect; // what a data set holds, before any step
+mod interrupted; // jobs of several ranks: rows that are not finite, and what Slurm stops
 mod job; // a run as a user starts it
 /// Starts and watches jobs of several ranks.
 #[path = "../../../parallel/tests/it/job.rs"]
 #[allow(dead_code, reason = "the crate it belongs to uses all of it")]
 mod launched;
+mod layouts; // checkpoints of one layout of ranks, read at every other
 mod memory; // what a run takes, planned and measured
 mod modes; // adapters, dropout, all weights, activations, plans: by their flags
 mod parallel; // data- and tensor-parallel runs against one rank, and how they fail
