@@ -81,12 +81,7 @@ pub(crate) fn save(
 
 /// Every rank must call this; the first writes. What the others hold comes to it an entry at a time, so that
 /// it never has the whole model's numbers.
-fn write(
-    path: &Path,
-    trained: &Trained,
-    state: &TrainerState,
-    ranks: &Ranks<'_>,
-) -> Result<()> {
+fn write(path: &Path, trained: &Trained, state: &TrainerState, ranks: &Ranks<'_>) -> Result<()> {
     let step = state.position.step;
     let dir = ranks.is_first().then(|| AtomicDir::replace_existing(path)).transpose()?;
     let folder = dir.as_ref().map(AtomicDir::path);

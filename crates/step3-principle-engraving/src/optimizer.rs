@@ -13,7 +13,7 @@
 use std::ops::Range;
 
 use dromedary_parallel::Communicator;
-use dromedary_torch_ext::{AdamW, AdamWState, fused_adamw};
+use dromedary_torch_ext::{AdamW, AdamWState, fused_adamw, release_free_memory};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::error::Result;
@@ -131,14 +131,73 @@ impl Part {
     }
 }
 
+/// Values of trained matrices in one vector of `P` f32 numbers, or in the share of one that is this
+/// replica's: what an optimizer begins with. It takes the rest of its memory when whoever gave the values has
+/// let go of them.
+#[derive(Debug)]
+pub(crate) struct FlatValues {
+    config: OptimizerConfig,
+    entries: Vec<Entry>,
+    numbers: Part,
+}
+
+impl FlatValues {
+    /// Copies `initial` (name and value); with `divides` only what is of the share of `config`: the model
+    /// computes with copies then, which [`FlatAdamW::copy_joined_to`] brings up to date.
+    pub(crate) fn new(
+        config: OptimizerConfig,
+        initial: &[(String, Tensor)],
+        device: Device,
+        divides: bool,
+    ) -> Result<Self> {
+        let mut entries = Vec::with_capacity(initial.len());
+        let mut end = 0;
+        for (name, value) in initial {
+            let start = end;
+            end += value.numel() as i64;
+            entries.push(Entry { name: name.clone(), shape: value.size(), range: start..end });
+        }
+        let numbers = Part::zeros(if divides { config.share.of(end) } else { 0..end }, device)?;
+        for (entry, (_, value)) in entries.iter().zip(initial) {
+            numbers.put(entry, value)?;
+        }
+        Ok(Self { config, entries, numbers })
+    }
+
+    /// See [`FlatAdamW::joined`].
+    pub(crate) fn joined(&self, entries: Range<usize>, shape: &[i64]) -> Tensor {
+        let Range { start, end } = self.span(&entries);
+        let Part { range, numbers } = &self.numbers;
+        numbers.narrow(0, start - range.start, end - start).view(shape)
+    }
+
+    /// Number of all matrices' numbers, P.
+    fn count(&self) -> i64 {
+        self.entries.last().map_or(0, |entry| entry.range.end)
+    }
+
+    /// The numbers of matrices that lie one behind the other.
+    fn span(&self, entries: &Range<usize>) -> Range<i64> {
+        self.entries[entries.start].range.start..self.entries[entries.end - 1].range.end
+    }
+
+    /// The optimizer of these values.
+    pub(crate) fn into_optimizer(self) -> Result<FlatAdamW> {
+        // Many small pieces have been freed, in whose places large vectors have no room.
+        release_free_memory();
+        let device = self.numbers.numbers.device();
+        let own = self.config.share.of(self.count());
+        let gradients = Tensor::f_zeros([self.count()], (Kind::Float, device))?;
+        let (m, v) = (Part::zeros(own.clone(), device)?, Part::zeros(own, device)?);
+        Ok(FlatAdamW { values: self, gradients, m, v, updates: 0 })
+    }
+}
+
 /// Trained matrices, their gradients and moments, each kind in one vector of `P` f32 numbers, or in the
 /// share of one that is this replica's.
 #[derive(Debug)]
 pub struct FlatAdamW {
-    config: OptimizerConfig,
-    entries: Vec<Entry>,
-    /// All values, or those of this replica's share.
-    parameters: Part,
+    values: FlatValues,
     gradients: Tensor, // (P)
     /// Of this replica's share, which it updates.
     m: Part,
@@ -158,48 +217,12 @@ impl FlatAdamW {
         initial: &[(String, Tensor)],
         device: Device,
     ) -> Result<Self> {
-        Self::build(config.into(), initial, device, false)
-    }
-
-    /// As [`FlatAdamW::new`], but of the values too only those of the share are here: the model computes
-    /// with copies, which [`FlatAdamW::copy_joined_to`] brings up to date.
-    ///
-    /// # Errors
-    /// If the vectors do not fit into the device's memory.
-    pub fn with_divided_values(
-        config: impl Into<OptimizerConfig>,
-        initial: &[(String, Tensor)],
-        device: Device,
-    ) -> Result<Self> {
-        Self::build(config.into(), initial, device, true)
-    }
-
-    fn build(
-        config: OptimizerConfig,
-        initial: &[(String, Tensor)],
-        device: Device,
-        divides_values: bool,
-    ) -> Result<Self> {
-        let mut entries = Vec::with_capacity(initial.len());
-        let mut end = 0;
-        for (name, value) in initial {
-            let start = end;
-            end += value.numel() as i64;
-            entries.push(Entry { name: name.clone(), shape: value.size(), range: start..end });
-        }
-        let own = config.share.of(end);
-        let parameters = Part::zeros(if divides_values { own.clone() } else { 0..end }, device)?;
-        for (entry, (_, value)) in entries.iter().zip(initial) {
-            parameters.put(entry, value)?;
-        }
-        let gradients = Tensor::f_zeros([end], (Kind::Float, device))?;
-        let (m, v) = (Part::zeros(own.clone(), device)?, Part::zeros(own, device)?);
-        Ok(Self { config, entries, parameters, gradients, m, v, updates: 0 })
+        FlatValues::new(config.into(), initial, device, false)?.into_optimizer()
     }
 
     /// The numbers that a rank of the replicas' group keeps and updates.
     fn share_of(&self, rank: usize) -> Range<i64> {
-        Share { rank, ..self.config.share }.of(self.num_parameters())
+        Share { rank, ..self.values.config.share }.of(self.num_parameters())
     }
 
     fn is_whole(&self, part: &Part) -> bool {
@@ -213,12 +236,12 @@ impl FlatAdamW {
     /// # Errors
     /// If a rank is gone.
     pub fn share_updates(&mut self, comm: &dyn Communicator) -> Result<()> {
-        if self.is_whole(&self.m) || !self.is_whole(&self.parameters) {
+        if self.is_whole(&self.m) || !self.is_whole(&self.values.numbers) {
             return Ok(());
         }
         for rank in 0..comm.world_size() {
-            let updated = self.parameters.narrow(&self.share_of(rank))?;
-            for mut bucket in updated.f_split(self.config.bucket, 0)? {
+            let updated = self.values.numbers.narrow(&self.share_of(rank))?;
+            for mut bucket in updated.f_split(self.values.config.bucket, 0)? {
                 comm.broadcast(&mut bucket, rank)?;
             }
         }
@@ -237,10 +260,10 @@ impl FlatAdamW {
         target: &Tensor,
         comm: &dyn Communicator,
     ) -> Result<()> {
-        let numbers = self.span(&entries);
+        let numbers = self.values.span(&entries);
         let mut target = target.f_view([length(&numbers)])?;
-        if self.is_whole(&self.parameters) {
-            let values = self.parameters.narrow(&numbers)?;
+        if self.is_whole(&self.values.numbers) {
+            let values = self.values.numbers.narrow(&numbers)?;
             no_grad(|| target.f_copy_(&values))?;
             return Ok(());
         }
@@ -251,10 +274,10 @@ impl FlatAdamW {
             }
             let mut place = target.f_narrow(0, theirs.start - numbers.start, length(&theirs))?;
             if rank == comm.rank() {
-                let values = self.parameters.narrow(&theirs)?;
+                let values = self.values.numbers.narrow(&theirs)?;
                 no_grad(|| place.f_copy_(&values))?;
             }
-            for mut bucket in place.f_split(self.config.bucket, 0)? {
+            for mut bucket in place.f_split(self.values.config.bucket, 0)? {
                 comm.broadcast(&mut bucket, rank)?;
             }
         }
@@ -267,13 +290,13 @@ impl FlatAdamW {
     /// # Errors
     /// If a rank is gone, or memory runs out.
     pub fn state(&self, index: usize, comm: &dyn Communicator) -> Result<[Tensor; 3]> {
-        let entry = &self.entries[index];
+        let entry = &self.values.entries[index];
         let whole = |part: &Part| -> Result<Tensor> {
             let here = part.narrow(&part.overlap(&entry.range))?;
             let all = if self.is_whole(part) { here } else { comm.all_gather(&here)? };
             Ok(all.f_view(&entry.shape[..])?)
         };
-        Ok([whole(&self.parameters)?, whole(&self.m)?, whole(&self.v)?])
+        Ok([whole(&self.values.numbers)?, whole(&self.m)?, whole(&self.v)?])
     }
 
     /// The value of matrix `index`, sharing the optimizer's memory.
@@ -281,12 +304,12 @@ impl FlatAdamW {
     /// # Panics
     /// If values are divided, and not all of it are here.
     pub fn value(&self, index: usize) -> Tensor {
-        self.joined(index..index + 1, &self.entries[index].shape)
+        self.joined(index..index + 1, &self.values.entries[index].shape)
     }
 
     /// The matrices in their order.
     pub fn entries(&self) -> &[Entry] {
-        &self.entries
+        &self.values.entries
     }
 
     /// Number of trained numbers, P.
@@ -308,9 +331,7 @@ impl FlatAdamW {
     /// # Panics
     /// As [`Self::value`].
     pub fn joined(&self, entries: Range<usize>, shape: &[i64]) -> Tensor {
-        let Range { start, end } = self.span(&entries);
-        let Part { range, numbers } = &self.parameters;
-        numbers.narrow(0, start - range.start, end - start).view(shape)
+        self.values.joined(entries, shape)
     }
 
     /// Adds to the gradients of matrices that lie one behind the other.
@@ -321,13 +342,8 @@ impl FlatAdamW {
 
     /// The gradients of matrices that lie one behind the other, in the shape of their rows together.
     pub fn joined_gradient(&self, entries: Range<usize>, shape: &[i64]) -> Tensor {
-        let Range { start, end } = self.span(&entries);
+        let Range { start, end } = self.values.span(&entries);
         self.gradients.narrow(0, start, end - start).view(shape)
-    }
-
-    /// The numbers of matrices that lie one behind the other.
-    fn span(&self, entries: &Range<usize>) -> Range<i64> {
-        self.entries[entries.start].range.start..self.entries[entries.end - 1].range.end
     }
 
     /// Adds to the gradient of matrix `index`.
@@ -339,7 +355,7 @@ impl FlatAdamW {
 
     /// The gradient of matrix `index`, sharing the optimizer's memory.
     pub fn gradient(&self, index: usize) -> Tensor {
-        self.joined_gradient(index..index + 1, &self.entries[index].shape)
+        self.joined_gradient(index..index + 1, &self.values.entries[index].shape)
     }
 
     /// Forgets the gradients.
@@ -354,7 +370,7 @@ impl FlatAdamW {
     /// If a rank is gone.
     pub fn all_reduce_gradients(&mut self, comm: &dyn Communicator) -> Result<()> {
         if comm.world_size() > 1 {
-            for mut bucket in self.gradients.f_split(self.config.bucket, 0)? {
+            for mut bucket in self.gradients.f_split(self.values.config.bucket, 0)? {
                 comm.all_reduce_sum(&mut bucket)?;
             }
         }
@@ -373,16 +389,17 @@ impl FlatAdamW {
     /// If libtorch refuses the update.
     pub fn step(&mut self, learning_rate: f64, grad_norm: f64) -> Result<()> {
         let updates = self.updates + 1;
-        let AdamWConfig { beta1, beta2, eps, weight_decay, max_grad_norm } = self.config.adamw;
+        let AdamWConfig { beta1, beta2, eps, weight_decay, max_grad_norm } =
+            self.values.config.adamw;
         let config = AdamW { lr: learning_rate, beta1, beta2, eps, weight_decay };
         // As torch.nn.utils.clip_grad_norm_ has it, 1e-6 included.
         let clip = max_grad_norm / (grad_norm + 1e-6);
         if max_grad_norm > 0.0 && clip < 1.0 {
             let _ = no_grad(|| self.gradients.g_mul_scalar_(clip));
         }
-        let Self { parameters, gradients, m, v, .. } = self;
+        let Self { values, gradients, m, v, .. } = self;
         let own = &m.range;
-        let parameter = &mut parameters.narrow(own)?;
+        let parameter = &mut values.numbers.narrow(own)?;
         let grad = &mut gradients.f_narrow(0, own.start, length(own))?;
         let (exp_avg, exp_avg_sq) = (&mut m.numbers, &mut v.numbers);
         let state = AdamWState { parameter, grad, exp_avg, exp_avg_sq };
@@ -402,7 +419,7 @@ impl FlatAdamW {
     /// # Errors
     /// If the shape differs.
     pub fn set_value(&mut self, index: usize, value: &Tensor) -> Result<()> {
-        self.parameters.put(&self.entries[index], value)
+        self.values.numbers.put(&self.values.entries[index], value)
     }
 
     /// Takes over value and moments of every matrix from a checkpoint, in the order of
@@ -411,8 +428,8 @@ impl FlatAdamW {
     /// # Errors
     /// If a shape differs.
     pub fn restore(&mut self, states: &[[Tensor; 3]], updates: u64) -> Result<()> {
-        for (entry, [value, m, v]) in self.entries.iter().zip(states) {
-            for (part, saved) in [(&self.parameters, value), (&self.m, m), (&self.v, v)] {
+        for (entry, [value, m, v]) in self.values.entries.iter().zip(states) {
+            for (part, saved) in [(&self.values.numbers, value), (&self.m, m), (&self.v, v)] {
                 part.put(entry, saved)?;
             }
         }

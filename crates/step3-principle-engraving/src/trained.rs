@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 use crate::{
     error::{Error, Result},
     half_block::Half,
-    optimizer::{FlatAdamW, OptimizerConfig, Share},
+    optimizer::{FlatAdamW, FlatValues, OptimizerConfig, Share},
     ranks::Ranks,
 };
 
@@ -82,8 +82,10 @@ impl Trained {
             }
             modules.push(module);
         }
-        let optimizer = FlatAdamW::new(optimizer, &initial, model.device())?;
-        let leaves = (0..initial.len())
+        let values = FlatValues::new(optimizer.into(), &initial, model.device(), false)?;
+        drop(initial);
+        let optimizer = values.into_optimizer()?;
+        let leaves = (0..parts.len())
             .map(|entry| Leaf {
                 tensor: optimizer.parameter(entry),
                 entries: entry..entry + 1,
@@ -142,10 +144,7 @@ impl Trained {
             Ok(weight.shallow_clone())
         })?;
         let divides_values = has_copies && config.share != Share::ALL;
-        let optimizer = match divides_values {
-            true => FlatAdamW::with_divided_values(config, &initial, model.device())?,
-            false => FlatAdamW::new(config, &initial, model.device())?,
-        };
+        let values = FlatValues::new(config, &initial, model.device(), divides_values)?;
         let part = |(name, _): &(String, Tensor)| {
             let module = name.strip_suffix(".weight").unwrap_or(name);
             part_of(model, module, TrainedTensor::Weight)
@@ -158,13 +157,15 @@ impl Trained {
             let entries = ranges.next().unwrap_or_default();
             let copied = weight.kind() != Kind::Float || divides_values;
             let tensor = match copied {
-                true => weight.detach().copy(),
-                false => optimizer.joined(entries.clone(), &weight.size()).detach(),
+                true => weight.detach().contiguous(),
+                false => values.joined(entries.clone(), &weight.size()).detach(),
             };
             let tensor = tensor.set_requires_grad(true);
             leaves.push(Leaf { tensor: tensor.shallow_clone(), entries, copied });
             Ok(tensor)
         })?;
+        // Of the model's own weights what is not computed with is gone by now.
+        let optimizer = values.into_optimizer()?;
         let config = model.config();
         let what = What::Weights {
             num_layers: config.num_hidden_layers as usize,
