@@ -6,12 +6,12 @@ use dromedary_command::{Progress, StopFlag};
 use dromedary_files::{AtomicDir, Lock, LockOptions, Manifest, write_atomic};
 use dromedary_llama::{
     Adapter, AdapterFile, Checkpoint, Llama, LlamaConfig, LoadOptions, LoraConfig, SaveOptions,
-    check_tokenizer, select_kind,
+    check_tokenizer, select_kind, select_nf4,
 };
 use dromedary_parallel::{Communicator, check_agreements, select_device};
 use dromedary_tokenizer::Tokenizer;
 
-use tch::{Kind, no_grad};
+use tch::{Device, Kind, no_grad};
 
 use crate::{
     activations::peak_memory,
@@ -100,7 +100,7 @@ pub fn train(
         .unwrap_or_else(|| (config.num_train_epochs * steps_per_epoch as f64).ceil() as u64);
     let schedule = config.schedule.over(total_steps)?;
     let kind = select_kind(&config.dtype, device, base.dtype())?;
-    let nf4 = keeps_nf4(config, &base);
+    let nf4 = keeps_nf4(config, &base, device)?;
     let hashed = format!("{:?} {kind:?}{}", inputs.fingerprints(), if nf4 { " nf4" } else { "" });
     let config_hash = config_hash(config, &schedule, &hashed, &examples);
     agree(config, &inputs, &config_hash, world)?;
@@ -175,7 +175,7 @@ pub fn train(
 }
 
 /// Whether the frozen weights stay in four bits, as the base has them.
-fn keeps_nf4(config: &TrainConfig, base: &Checkpoint) -> bool {
+fn keeps_nf4(config: &TrainConfig, base: &Checkpoint, device: Device) -> Result<bool> {
     let is_stored = base.stores_nf4();
     if config.bits == Some(4) && !is_stored {
         tracing::warn!(
@@ -184,7 +184,8 @@ fn keeps_nf4(config: &TrainConfig, base: &Checkpoint) -> bool {
             config.checkpoint.display()
         );
     }
-    is_stored && !config.full_finetune && matches!(config.bits, None | Some(4))
+    let may = !config.full_finetune && matches!(config.bits, None | Some(4));
+    Ok(may && select_nf4(None, device, is_stored)?)
 }
 
 /// Makes the output folder this run's own.

@@ -8,7 +8,7 @@ use dromedary_llama::{
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use crate::support::smollm2;
+use crate::given::smollm2;
 use crate::tiny::{self, FFN, HEADS, HIDDEN, Tiny, VOCAB, assert_same, write_file};
 
 const Q: &str = "model.layers.1.self_attn.q_proj.weight";

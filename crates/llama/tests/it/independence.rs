@@ -91,7 +91,7 @@ fn deterministic_rows_depend_on_no_other_row() {
 /// With all cores, where products are split between threads.
 #[test]
 fn deterministic_logits_are_equal_to_the_last_bit() {
-    let Some(dir) = crate::support::smollm2() else { return };
+    let Some(dir) = crate::given::smollm2() else { return };
     logits_are_equal_to_the_last_bit(&Loaded::packed(&dir, &SingleProcess, true));
 }
 
@@ -110,7 +110,7 @@ fn deterministic_logits_of_libtorch_are_equal_to_the_last_bit() {
 #[test]
 #[ignore = "a child of deterministic_logits_of_libtorch_are_equal_to_the_last_bit"]
 fn compare_logits_of_libtorch() {
-    let Some(dir) = crate::support::smollm2() else { return };
+    let Some(dir) = crate::given::smollm2() else { return };
     logits_are_equal_to_the_last_bit(&Loaded::packed(&dir, &SingleProcess, false));
 }
 

@@ -13,6 +13,7 @@ mod convert; // Meta's layout in and out
 mod engine; // batch generation
 mod faults; // jobs of `llama complete` that fail
 mod four_bits; // generation from weights that stay in NF4
+mod given; // what the environment gives tests
 mod gradients; // training over several ranks
 mod hostile; // safetensors files made to do harm
 mod hostile_torch; // PyTorch files made to do harm

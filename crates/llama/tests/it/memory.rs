@@ -12,9 +12,10 @@ use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use crate::{
+    given::smollm2,
     hostile::{memory_kb, peak_rss_kb},
     quantize,
-    support::{request, smollm2, stories},
+    support::{request, stories},
     tiny::{self, Tiny},
 };
 

@@ -104,14 +104,14 @@ fn bf16_arithmetic_agrees() {
 
 #[test]
 fn smollm2_agrees_with_weights_in_bf16() {
-    let Some(dir) = support::smollm2() else { return };
+    let Some(dir) = crate::given::smollm2() else { return };
     let options = LoadOptions { kind: Kind::BFloat16, ..LoadOptions::default() };
     logits_agree(&load(&dir, &options), &Golden::open("smollm2"), BF16);
 }
 
 #[test]
 fn smollm2_agrees_in_f32() {
-    let Some(dir) = support::smollm2() else { return };
+    let Some(dir) = crate::given::smollm2() else { return };
     let golden = Golden::open("smollm2");
     agrees_in_f32(&dir, &golden);
     engine_agrees(&dir, &golden);

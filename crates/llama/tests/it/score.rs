@@ -9,7 +9,10 @@ use dromedary_llama::{
 use dromedary_parallel::{Communicator, SingleProcess};
 use serde_json::Value;
 
-use crate::support::{Loaded, data, on_ranks, request, run, smollm2, stories};
+use crate::{
+    given::smollm2,
+    support::{Loaded, data, on_ranks, request, run, stories},
+};
 
 fn golden(name: &str) -> Vec<(ScoreRequest, f64)> {
     let text = fs::read_to_string(data(name).join("score.json")).unwrap();

@@ -15,7 +15,7 @@ use dromedary_llama::{
 use serde_json::json;
 use tch::{Kind, Tensor};
 
-use crate::{hostile, support, tiny};
+use crate::{given, hostile, tiny};
 
 const DIR: &str = "STREAMING_DIR";
 const TOOL: &str = "STREAMING_TOOL";
@@ -71,7 +71,7 @@ fn write_adapter(base: &Path, dir: &Path) {
 
 #[test]
 fn memory_is_the_same_for_half_a_gigabyte_and_for_two() {
-    if !support::soak() {
+    if !given::soak() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();

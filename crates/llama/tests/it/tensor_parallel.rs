@@ -18,8 +18,9 @@ use serde_json::json;
 use tch::Tensor;
 
 use crate::{
+    given::{smollm2, soak},
     same::{Answers, Question, tensor},
-    support::{Loaded, load, on_ranks, processes, request, smollm2, soak, stories},
+    support::{Loaded, load, on_ranks, processes, request, stories},
     tiny::{self, Tiny},
 };
 

@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::faults::flags;
 use crate::generate::STORIES;
 use crate::job;
-use crate::support::{folder_of, soak};
+use crate::{given::soak, support::folder_of};
 
 /// Where a run writes something, in the order in which it comes there.
 const WRITE_POINTS: [&str; 13] = [

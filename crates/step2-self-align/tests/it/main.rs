@@ -18,6 +18,10 @@ mod filter;
 mod full_disk;
 /// Generation through the library: resume, rejected prompts, stops.
 mod generate;
+/// What the environment gives tests.
+#[path = "../../../llama/tests/it/given.rs"]
+#[allow(dead_code, reason = "the crate it belongs to uses all of it")]
+mod given;
 /// Somebody's own principles, from the edit to the training rows.
 mod health_adviser;
 /// Starts and watches jobs.

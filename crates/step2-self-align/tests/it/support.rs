@@ -26,11 +26,6 @@ pub(crate) fn copy_model(folder: &Path) {
     }
 }
 
-/// Whether the long tests are asked for.
-pub(crate) fn soak() -> bool {
-    std::env::var_os("DROMEDARY_SOAK").is_some_and(|value| value == "1")
-}
-
 /// A meta prompt that leaves room in 512 tokens of context.
 pub(crate) const SHORT_PROMPT: &str = "Be good.\n\nUser:";
 

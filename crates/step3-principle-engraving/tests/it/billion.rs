@@ -5,8 +5,9 @@ use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::{
+    given,
     job::{BINARY, Job},
-    launched, memory, support,
+    launched, memory,
 };
 
 /// Hidden size, feed-forward columns, layers, heads, K/V heads, and SmolLM2's vocabulary.
@@ -77,10 +78,10 @@ fn planned(dir: &Path, metrics: &[Value]) -> Vec<u64> {
 /// Each rank takes what `plan` says of it, the one that writes the checkpoint and the adapter included.
 #[test]
 fn a_billion_parameters_train_on_two_ranks_in_the_planned_memory() {
-    if !support::soak() {
+    if !given::soak() {
         return;
     }
-    let Some(tokenizer) = support::smollm2() else { return };
+    let Some(tokenizer) = given::smollm2() else { return };
     let job = Job::new(0);
     let (base, out) = (job.path("base"), job.path("out"));
     let count = write_model(&base);

@@ -9,6 +9,9 @@ mod divided; // what replicas divide: the same results in the memory that is pla
 mod exchanged; // what ranks exchange in a step: buckets, and what the plan counts
 mod faults; // runs that are killed, stopped, or find damaged checkpoints
 mod formats; // data sets of other formats: tokens and masks of Hugging Face's libraries, errors, whole runs
+/// What the environment gives tests.
+#[path = "../../../llama/tests/it/given.rs"]
+mod given;
 mod goldens; // PEFT's gradients and losses
 mod gradients; // half-blocks and head against one whole graph
 mod inspect; // what a data set holds, before any step

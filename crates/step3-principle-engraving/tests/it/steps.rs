@@ -36,7 +36,7 @@ fn initial_a(module: usize, [r, columns]: [i64; 2]) -> Tensor {
 
 #[test]
 fn five_steps_on_smollm2_follow_peft() {
-    let Some(dir) = support::smollm2() else { return };
+    let Some(dir) = crate::given::smollm2() else { return };
     let golden: Golden = serde_json::from_str(include_str!("../data/smollm2_golden.json")).unwrap();
     let examples: Vec<_> = golden
         .rows
