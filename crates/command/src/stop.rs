@@ -3,10 +3,14 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
 use signal_hook::consts::signal::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::flag;
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::{emulate_default_handler, signal_name};
 
 use crate::{Error, Result};
+
+/// Signals that ask for a stop.
+const SIGNALS: [i32; 3] = [SIGTERM, SIGINT, SIGUSR1];
 
 /// A flag that SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 set: the loop of a stage asks for it, saves
 /// and returns [`Error::Stopped`].
@@ -34,7 +38,10 @@ pub struct StopFlag {
 
 #[derive(Debug, Default)]
 struct Shared {
-    stop: AtomicBool,
+    /// Set by the handler itself, so that a loop that asks behind a signal sees it at once.
+    stop: Arc<AtomicBool>,
+    /// Whether the thread that watches signals has answered one.
+    answered: AtomicBool,
     critical_sections: AtomicUsize,
 }
 
@@ -57,14 +64,17 @@ impl StopFlag {
     /// [`Error::Signals`] where the handlers cannot be installed.
     pub fn install() -> Result<StopFlag> {
         let signals_error = |source| Error::Signals { source };
-        let flag = StopFlag::default();
-        let mut signals = Signals::new([SIGTERM, SIGINT, SIGUSR1]).map_err(signals_error)?;
-        let watched = flag.clone();
+        let stop = StopFlag::default();
+        for signal in SIGNALS {
+            flag::register(signal, Arc::clone(&stop.shared.stop)).map_err(signals_error)?;
+        }
+        let mut signals = Signals::new(SIGNALS).map_err(signals_error)?;
+        let watched = stop.clone();
         thread::Builder::new()
             .name("signals".to_owned())
             .spawn(move || signals.forever().for_each(|signal| watched.receive(signal)))
             .map_err(signals_error)?;
-        Ok(flag)
+        Ok(stop)
     }
 
     /// Whether a stop was asked for.
@@ -112,7 +122,7 @@ impl StopFlag {
     }
 
     fn reaction(&self, signal: i32) -> Reaction {
-        if !self.shared.stop.swap(true, Ordering::SeqCst) {
+        if !self.shared.answered.swap(true, Ordering::SeqCst) {
             Reaction::Stop
         } else if signal != SIGINT {
             Reaction::Ignore
@@ -139,13 +149,14 @@ impl Drop for CriticalSection {
 
 #[cfg(test)]
 mod tests {
+    use signal_hook::low_level::raise;
+
     use super::*;
 
     #[test]
     fn the_second_ctrl_c_ends_the_process_outside_critical_sections() {
         let flag = StopFlag::default();
         assert_eq!(flag.reaction(SIGINT), Reaction::Stop);
-        assert!(flag.is_set());
         let outer = flag.critical();
         let inner = flag.clone().critical();
         drop(inner);
@@ -160,6 +171,15 @@ mod tests {
         assert_eq!(flag.reaction(SIGUSR1), Reaction::Stop);
         assert_eq!(flag.reaction(SIGTERM), Reaction::Ignore);
         assert_eq!(flag.reaction(SIGUSR1), Reaction::Ignore);
+    }
+
+    /// No thread has to run between the signal and the loop that asks.
+    #[test]
+    fn a_signal_sets_the_flag_before_it_returns() {
+        let flag = StopFlag::install().unwrap();
+        assert!(!flag.is_set());
+        raise(SIGUSR1).unwrap();
+        assert!(flag.is_set());
     }
 
     #[test]
