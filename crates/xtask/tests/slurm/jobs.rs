@@ -3,7 +3,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::cluster::{Cluster, root};
+use crate::cluster::{Cluster, programs, root};
 use crate::work::{Work, folder_in, model};
 
 fn same_files(one: &Path, other: &Path, names: &[&str]) {
@@ -13,6 +13,7 @@ fn same_files(one: &Path, other: &Path, names: &[&str]) {
     }
 }
 
+/// The same in a job, with the programs on the PATH, and by itself, with them where `BIN_DIR` says.
 #[test]
 #[ignore = "needs Slurm: cargo xtask test --slurm"]
 fn step_1_cleans_and_merges() {
@@ -26,6 +27,7 @@ fn step_1_cleans_and_merges() {
         .arg("slurm/step1.sbatch")
         .envs(settings)
         .env("OUT", alone.path())
+        .envs([("PATH", Path::new("/usr/bin:/bin")), ("BIN_DIR", &programs())])
         .output()
         .unwrap();
     assert!(by_itself.status.success(), "{}", String::from_utf8_lossy(&by_itself.stderr));
