@@ -20,8 +20,8 @@ use tch::{Kind, Tensor};
 use crate::{
     error::{Error, Result},
     optimizer::Entry,
+    publish::ADAPTER_DIR,
     ranks::Ranks,
-    run::ADAPTER_DIR,
     trained::Trained,
     trainer::Position,
 };
