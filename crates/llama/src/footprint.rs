@@ -60,6 +60,8 @@ pub struct Workload {
     pub max_batch_size: u64,
     /// Tokens of a row behind the prefix.
     pub max_seq_len: u64,
+    /// Tokens of all rows behind it, where these are fewer than rows of that length have.
+    pub max_kv_tokens: Option<u64>,
 }
 
 /// The memory of one rank that generates, in bytes.
@@ -150,11 +152,13 @@ impl Footprint {
     /// The memory of this rank while it generates.
     pub fn memory(&self, of: &Workload) -> Memory {
         let prefix_bytes = self.kv_bytes(of.prefix_tokens);
-        let slot_bytes = self.kv_bytes(of.max_batch_size * of.max_seq_len);
+        let slot_tokens = of.max_batch_size * of.max_seq_len;
+        let slot_tokens = slot_tokens.min(of.max_kv_tokens.unwrap_or(u64::MAX));
+        let slot_bytes = self.kv_bytes(slot_tokens);
         // Weights are loaded before there is a prefix, and it is read before there are slots. Prompts
         // are read together until they have a number of tokens, which the last of them may pass.
         let together = PREFILL_TOKENS as u64 + of.max_seq_len;
-        let prompts = (of.max_batch_size * of.max_seq_len).min(together);
+        let prompts = slot_tokens.min(together);
         let work_bytes = (self.activation_bytes_per_token * of.prefix_tokens)
             .saturating_sub(slot_bytes)
             .max(self.loading_bytes.saturating_sub(prefix_bytes + slot_bytes))

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use dromedary_command::{Error as CommandError, boolean, required};
-use dromedary_llama::cli::SamplingArgs;
+use dromedary_llama::cli::{SamplingArgs, stop_strings};
 use serde::{Deserialize, Serialize};
 
 use crate::Form;
@@ -99,8 +99,8 @@ pub struct GenerateArgs {
     #[arg(long, num_args = 0..=1, value_name = "TEXT",
         default_missing_value = " I am a helpful, ethical, and reliable assistant.")]
     pub force_prefix: Option<String>,
-    /// Text that ends a row, \n for a newline; may be given several times [default: those of the
-    /// principles].
+    /// Text that ends a row, \n for a newline; may be given several times, an empty one for none
+    /// [default: those of the principles].
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub stop: Vec<String>,
     /// Seed; a row's text depends on it, the row's id and the model alone [default: 1].
@@ -154,7 +154,7 @@ impl TryFrom<GenerateArgs> for GenerateConfig {
             deterministic: args.deterministic.unwrap_or(false),
             sampling: args.sampling.resolved()?,
             force_prefix: args.force_prefix.filter(|text| !text.is_empty()),
-            stop: args.stop.iter().map(|text| text.replace("\\n", "\n")).collect(),
+            stop: stop_strings(&args.stop),
             seed: args.seed.unwrap_or(1),
             device: args.device.unwrap_or_else(|| "auto".to_owned()),
             dtype: args.dtype.unwrap_or_else(|| "auto".to_owned()),

@@ -50,6 +50,17 @@ pub enum Error {
         /// The limit.
         limit: usize,
     },
+    /// Behind the shared prefix the model's context has no room for a prompt and an answer.
+    #[error(
+        "the prompt before the user's text has {tokens} tokens, which leaves no room for a row in the \
+         model's context of {context}"
+    )]
+    PrefixFillsContext {
+        /// Its length with this tokenizer.
+        tokens: usize,
+        /// `max_position_embeddings`.
+        context: usize,
+    },
     /// The input file holds no prompt, or none falls to this group.
     #[error("{}: {message}", path.display())]
     NoPrompts {

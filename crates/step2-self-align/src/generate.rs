@@ -8,7 +8,8 @@ use dromedary_command::{Error as CommandError, Progress, StopFlag};
 use dromedary_llama::cli::SamplingArgs;
 use dromedary_llama::generation::{Engine, EngineConfig, PrefixCache, PrefixUse, Statistics};
 use dromedary_llama::{
-    Checkpoint, Llama, LoadOptions, check_tokenizer, eos_token_ids, select_kind, select_nf4,
+    Checkpoint, Dtype, Llama, LlamaConfig, LoadOptions, check_tokenizer, eos_token_ids,
+    select_kind, select_nf4,
 };
 use dromedary_parallel::{
     Communicator, Error as ParallelError, ParallelDims, WorkQueue, check_agreements, select_device,
@@ -137,6 +138,31 @@ impl GenerateConfig {
             _ => Ok(()),
         }
     }
+
+    /// Tokens that a row may have behind a prefix of so many.
+    ///
+    /// # Errors
+    /// [`Error::PrefixTooLong`] and [`Error::PrefixFillsContext`].
+    pub(crate) fn room_behind(&self, prefix: usize, model: &LlamaConfig) -> Result<usize> {
+        let (tokens, limit) = (prefix, self.max_shared_seq_len);
+        if tokens > limit {
+            return Err(Error::PrefixTooLong { tokens, limit });
+        }
+        let context = model.max_position_embeddings as usize;
+        let left = context.saturating_sub(prefix);
+        // A token of the prompt, and one of the answer.
+        if left < 2 {
+            return Err(Error::PrefixFillsContext { tokens, context });
+        }
+        if left < self.max_seq_len {
+            tracing::warn!(
+                "rows get up to {left} tokens, not --max-seq-len {}: the prompt before the user's text has \
+                 {prefix} and the model's context {context}",
+                self.max_seq_len
+            );
+        }
+        Ok(left.min(self.max_seq_len).min(self.max_kv_tokens.unwrap_or(usize::MAX)))
+    }
 }
 
 /// What a run of [`generate`] did, on all ranks together; the same on all of them.
@@ -173,8 +199,8 @@ pub struct GenerateReport {
 /// its node.
 ///
 /// # Errors
-/// What cannot be read or written by name; [`Error::PrefixTooLong`]; [`Error::OtherSettings`]
-/// where the output was begun with others; [`Error::OtherGroups`]. Neither a prompt that cannot be
+/// What cannot be read or written by name; [`Error::PrefixTooLong`]; [`Error::PrefixFillsContext`];
+/// [`Error::OtherSettings`] where the output was begun with others; [`Error::OtherGroups`]. Neither a prompt that cannot be
 /// answered is an error (it gets a row that says why) nor a stop, which is the same on all ranks.
 pub fn generate(
     config: &GenerateConfig,
@@ -189,13 +215,11 @@ pub fn generate(
     let template = Template::new(&meta_prompt);
     let tokenizer = Tokenizer::open(&config.tokenizer)?;
     let prefix = template.shared_prefix(&tokenizer);
-    let (tokens, limit) = (prefix.len(), config.max_shared_seq_len);
-    if tokens > limit {
-        return Err(Error::PrefixTooLong { tokens, limit });
-    }
     let checkpoint = Checkpoint::open(&config.checkpoint)?;
     check_tokenizer(checkpoint.config(), &tokenizer)?;
-    let settings = settings_of(config, &meta_prompt, &checkpoint, &tokenizer, tp)?;
+    config.room_behind(prefix.len(), checkpoint.config())?;
+    let load = load_options(config, &checkpoint, &place, local_rank)?;
+    let settings = settings_of(config, &meta_prompt, &checkpoint, &tokenizer, &load)?;
     agree(config, &settings, world)?;
     let Work { prompts, left, mut output } = Work::shared(config, &settings, &place)?;
     let mut report = GenerateReport {
@@ -211,9 +235,12 @@ pub fn generate(
     };
     if !left.is_empty() {
         let path = report.output_file.display();
-        let count = left.len();
+        let (count, tokens) = (left.len(), prefix.len());
         tracing::info!("{count} of {prompts} prompts to answer behind {tokens} tokens -> {path}");
-        let model = load(config, &checkpoint, &place, local_rank)?;
+        let model = Llama::load(&checkpoint, &load)?;
+        if model.keeps_nf4() {
+            tracing::info!(megabytes = model.nf4_bytes() >> 20, "linear layers stay in four bits");
+        }
         let run = Run { config, template, tokenizer, settings, prefix, place, model };
         let answered = run.answer(&left, output, stop, show_progress)?;
         output = answered.output;
@@ -345,7 +372,7 @@ fn settings_of(
     meta_prompt: &MetaPrompt,
     checkpoint: &Checkpoint,
     tokenizer: &Tokenizer,
-    tp: usize,
+    load: &LoadOptions,
 ) -> Result<Settings> {
     let stop = match config.stop.as_slice() {
         [] => meta_prompt.principles.stop_strings.clone(),
@@ -362,8 +389,11 @@ fn settings_of(
         deterministic: config.deterministic.then(|| Fixed {
             max_batch_size: config.max_batch_size,
             threads: tch::get_num_threads(),
-            tp,
+            tp: load.tp,
+            is_cuda: load.device.is_cuda(),
         }),
+        dtype: Dtype::of_kind(load.kind).map(|dtype| dtype.to_string()),
+        nf4: load.nf4,
         max_seq_len: config.max_seq_len,
         max_gen_len: config.max_gen_len,
         seed: config.seed,
@@ -466,24 +496,19 @@ fn agree(config: &GenerateConfig, settings: &Settings, comm: &dyn Communicator) 
     Ok(check_agreements(comm, &values)?)
 }
 
-fn load(
+fn load_options(
     config: &GenerateConfig,
     checkpoint: &Checkpoint,
     place: &Place<'_>,
     local_rank: usize,
-) -> Result<Llama> {
+) -> Result<LoadOptions> {
     let device = select_device(&config.device, local_rank, place.world)?;
-    let options = LoadOptions {
+    Ok(LoadOptions {
         device,
         kind: select_kind(&config.dtype, device, checkpoint.dtype())?,
         pack: true,
         nf4: select_nf4(config.bits, device, checkpoint.stores_nf4())?,
         tp_rank: place.dims.tp_rank(place.world.rank()),
         tp: place.dims.tp,
-    };
-    let model = Llama::load(checkpoint, &options)?;
-    if model.keeps_nf4() {
-        tracing::info!(megabytes = model.nf4_bytes() >> 20, "linear layers stay in four bits");
-    }
-    Ok(model)
+    })
 }

@@ -29,6 +29,11 @@ pub(crate) struct Settings {
     pub(crate) force_prefix: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) deterministic: Option<Fixed>,
+    /// Kind of the weights, whatever `auto` meant where the file was begun.
+    pub(crate) dtype: Option<String>,
+    /// Linear layers are in four bits.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) nf4: bool,
     pub(crate) max_seq_len: usize,
     pub(crate) max_gen_len: usize,
     pub(crate) seed: u64,
@@ -40,6 +45,7 @@ pub(crate) struct Fixed {
     pub(crate) max_batch_size: usize,
     pub(crate) threads: i32,
     pub(crate) tp: usize,
+    pub(crate) is_cuda: bool,
 }
 
 /// The rows of a group on the disk, held by this process alone.

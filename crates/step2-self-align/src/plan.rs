@@ -86,7 +86,7 @@ pub enum Origin {
 /// configuration is read alone.
 ///
 /// # Errors
-/// What cannot be read by name; [`Error::PrefixTooLong`]; a split that the model does not allow.
+/// What cannot be read by name; [`Error::PrefixTooLong`]; [`Error::PrefixFillsContext`]; a split that the model does not allow.
 pub fn plan(config: &PlanConfig) -> Result<GenerationPlan> {
     let PlanConfig { generate: run, ranks, .. } = config;
     let tp = run.tp.unwrap_or(*ranks);
@@ -94,13 +94,17 @@ pub fn plan(config: &PlanConfig) -> Result<GenerationPlan> {
     let template = Template::new(&meta_prompt);
     let tokenizer = Tokenizer::open(&run.tokenizer)?;
     let prefix = template.shared_prefix(&tokenizer).len();
-    if prefix > run.max_shared_seq_len {
-        let limit = run.max_shared_seq_len;
-        return Err(Error::PrefixTooLong { tokens: prefix, limit });
-    }
+    let outline = Checkpoint::outline(&run.checkpoint)?;
+    let room = run.room_behind(prefix, &outline.config)?;
     let models = ParallelDims::new(*ranks, tp)?.dp as u64;
-    let ranks = memory(run, tp, prefix as u64)?;
-    let input = Input::read(run, &template, &tokenizer, prefix)?;
+    let workload = Workload {
+        prefix_tokens: prefix as u64,
+        max_batch_size: run.max_batch_size as u64,
+        max_seq_len: room as u64,
+        max_kv_tokens: run.max_kv_tokens.map(|tokens| tokens as u64),
+    };
+    let ranks = memory(run, &outline, tp, &workload)?;
+    let input = Input::read(run, &template, &tokenizer, prefix, room)?;
     let measured = match &config.measured {
         Some(path) => Some(Measured::read(path)?),
         None => None,
@@ -144,6 +148,7 @@ impl Input {
         template: &Template,
         tokenizer: &Tokenizer,
         prefix: usize,
+        room: usize,
     ) -> Result<Self> {
         let mut input = Self::default();
         let limit = config.limit.unwrap_or(usize::MAX);
@@ -157,9 +162,10 @@ impl Input {
             if empty || !texts.iter().all(|text| tokenizer.fits(text, config.max_seq_len)) {
                 continue;
             }
-            let text = template.fill(&prompt.instruction, &prompt.input);
+            let mut text = template.fill(&prompt.instruction, &prompt.input);
+            text.extend(config.force_prefix.as_deref());
             let tokens = tokenizer.len_with_bos(&text) - prefix;
-            if tokens < config.max_seq_len {
+            if tokens < room {
                 *input.answered.entry(row % config.group_size).or_default() += 1;
                 input.tokens += tokens as u64;
                 input.longest = input.longest.max(tokens as u64);
@@ -173,22 +179,20 @@ impl Input {
     }
 }
 
-fn memory(config: &GenerateConfig, tp: usize, prefix: u64) -> Result<Vec<Memory>> {
-    let Outline { config: model, dtype, nf4 } = Checkpoint::outline(&config.checkpoint)?;
-    let shards = ShardPlan::new(&model, tp)?;
+fn memory(
+    config: &GenerateConfig,
+    outline: &Outline,
+    tp: usize,
+    workload: &Workload,
+) -> Result<Vec<Memory>> {
+    let Outline { config: model, dtype, nf4 } = outline;
+    let shards = ShardPlan::new(model, tp)?;
     let device = planned_device(&config.device)?;
-    let kind = select_kind(&config.dtype, device, dtype)?;
-    let nf4 = select_nf4(config.bits, device, nf4 || config.bits == Some(4))?;
-    // Fewer tokens are fewer rows of the full length.
-    let rows = config.max_kv_tokens.map_or(usize::MAX, |most| (most / config.max_seq_len).max(1));
-    let workload = Workload {
-        prefix_tokens: prefix,
-        max_batch_size: config.max_batch_size.min(rows) as u64,
-        max_seq_len: config.max_seq_len as u64,
-    };
+    let kind = select_kind(&config.dtype, device, *dtype)?;
+    let nf4 = select_nf4(config.bits, device, *nf4 || config.bits == Some(4))?;
     let of_rank = |tp_rank| {
         let options = LoadOptions { device, kind, pack: true, nf4, tp_rank, tp };
-        Footprint::new(&model, &shards, &options).memory(&workload)
+        Footprint::new(model, &shards, &options).memory(workload)
     };
     Ok((0..tp).map(of_rank).collect())
 }

@@ -13,7 +13,7 @@ use dromedary_parallel::{Communicator, Launch, check_agreements, launch, select_
 use dromedary_tokenizer::Tokenizer;
 use serde::{Deserialize, Serialize};
 
-use super::{SUBCOMMANDS, SamplingArgs};
+use super::{SUBCOMMANDS, SamplingArgs, stop_strings};
 use crate::{
     AdapterFile, Checkpoint, Llama, LoadOptions, check_tokenizer, eos_token_ids,
     generation::{Engine, EngineConfig, Event, Request, Statistics},
@@ -51,8 +51,9 @@ pub(super) struct CompleteArgs {
     /// Seed of the random numbers; the same seed gives the same text [default: 0].
     #[arg(long, value_name = "NUMBER")]
     seed: Option<u64>,
-    /// Text that ends the continuation, and is its last part; may be given more than once.
-    #[arg(long, value_name = "TEXT")]
+    /// Text that ends the continuation, and is its last part, \n for a newline; may be given more than
+    /// once.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
     /// auto, cpu, cuda or cuda:N; auto is a GPU where there is one [default: auto].
     #[arg(long)]
@@ -117,7 +118,7 @@ impl TryFrom<CompleteArgs> for CompleteConfig {
             max_gen_len: args.max_gen_len.unwrap_or(128),
             sampling: args.sampling.resolved()?,
             seed: args.seed.unwrap_or(0),
-            stop: args.stop,
+            stop: stop_strings(&args.stop),
             device: args.device.unwrap_or_else(|| "auto".into()),
             dtype: args.dtype.unwrap_or_else(|| "auto".into()),
             bits: args.bits,

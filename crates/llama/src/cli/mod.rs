@@ -15,7 +15,7 @@ use std::process::ExitCode;
 use dromedary_command::{Common, Error, init_logging, layered, print_config};
 use serde::{Serialize, de::DeserializeOwned};
 
-pub use sampling_args::SamplingArgs;
+pub use sampling_args::{SamplingArgs, stop_strings};
 
 /// Names of the tables that a `--config` file may have.
 const SUBCOMMANDS: [&str; 7] =

@@ -198,6 +198,7 @@ impl Report {
             prefix_tokens: settings.prefix_tokens,
             max_batch_size: settings.max_batch_size,
             max_seq_len,
+            max_kv_tokens: None,
         };
         let ranks: Vec<Rank> = footprints
             .iter()

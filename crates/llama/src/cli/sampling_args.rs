@@ -125,9 +125,21 @@ impl SamplingArgs {
     }
 }
 
+/// Texts of `--stop` as rows end with them: `\n` is a newline, as a shell's word seldom holds one. An
+/// empty text ends nothing; it is there so that defaults can be switched off.
+pub fn stop_strings(given: &[String]) -> Vec<String> {
+    given.iter().map(|text| text.replace("\\n", "\n")).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_newline_can_be_typed() {
+        let given = ["\\n\\nUser:", "a\nb", ""].map(str::to_owned);
+        assert_eq!(stop_strings(&given), ["\n\nUser:", "a\nb", ""]);
+    }
 
     #[test]
     fn flags_become_settings() {

@@ -24,7 +24,7 @@ const WORKLOAD: &str = "MEMORY_WORKLOAD";
 
 /// Runs a child of this program, and gives the numbers behind `said` in what it prints.
 fn child(test: &str, model: &Path, workload: &Workload, said: &str) -> Vec<u64> {
-    let Workload { prefix_tokens, max_batch_size, max_seq_len } = *workload;
+    let Workload { prefix_tokens, max_batch_size, max_seq_len, .. } = *workload;
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", "--nocapture", test])
         .env(MODEL, model)
@@ -44,7 +44,7 @@ fn work() -> Option<(std::path::PathBuf, Workload)> {
     let numbers = std::env::var(WORKLOAD).unwrap();
     let numbers: Vec<u64> = numbers.split(' ').map(|number| number.parse().unwrap()).collect();
     let [prefix_tokens, max_batch_size, max_seq_len] = numbers[..] else { panic!("{numbers:?}") };
-    Some((model, Workload { prefix_tokens, max_batch_size, max_seq_len }))
+    Some((model, Workload { prefix_tokens, max_batch_size, max_seq_len, ..Workload::default() }))
 }
 
 /// Random rows that fill all slots to their ends; `each_step` is called once in each step.
@@ -110,6 +110,7 @@ fn planned_memory_is_what_a_run_takes() {
         prefix_tokens,
         max_batch_size,
         max_seq_len,
+        ..Workload::default()
     };
     let four_bits = wide.path().join("nf4");
     quantize::run(wide.path(), &four_bits).unwrap();
@@ -149,7 +150,8 @@ fn generate_and_measure() {
 
 #[test]
 fn memory_does_not_grow_with_the_steps() {
-    let workload = Workload { prefix_tokens: 64, max_batch_size: 4, max_seq_len: 440 };
+    let workload =
+        Workload { prefix_tokens: 64, max_batch_size: 4, max_seq_len: 440, ..Workload::default() };
     let child_test = "memory::generate_and_watch";
     let took = child(child_test, &stories(), &workload, "after steps ");
     let [early, late] = took[..] else { panic!("{took:?}") };

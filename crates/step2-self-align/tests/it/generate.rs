@@ -332,6 +332,10 @@ fn rows_of_other_settings_are_not_mixed() {
     assert!(matches!(error, Error::OtherSettings { .. }));
     let message = error.to_string();
     assert!(message.contains("aligned.jsonl") && message.contains("seed: 1 -> 9"), "{message}");
+    // Weights that are rounded otherwise make other texts.
+    let dtype = Some("bf16".to_owned());
+    let message = run(GenerateArgs { dtype, ..args(folder) }).unwrap_err().to_string();
+    assert!(message.contains("dtype: \"F32\" -> \"BF16\""), "{message}");
     // What changes no text may change.
     run(GenerateArgs { max_batch_size: Some(1), ..args(folder) }).unwrap();
 }

@@ -116,24 +116,63 @@ fn plan_has_a_help_and_a_table_of_its_own() {
 fn the_memory_of_a_plan_is_the_sum_of_its_parts() {
     let folder = folder_of(&["Once"]);
     let model = stories260k().display().to_string();
-    let text = shown(
-        folder.path(),
-        &format!(
-            "plan --checkpoint {model} --input-file prompts.json --meta-prompt-file prompt.txt \
-             --max-batch-size 1000 --max-seq-len 1000 --max-gen-len 10 --device cpu --print-config"
-        ),
-    );
+    let plan = |more: &str| {
+        let flags = "--input-file prompts.json --meta-prompt-file prompt.txt --max-batch-size 1000 \
+                     --max-seq-len 400 --max-gen-len 10 --device cpu";
+        shown(folder.path(), &format!("plan --checkpoint {model} {flags} {more}"))
+    };
+    let text = plan("--print-config");
     assert!(text.contains("max_batch_size = 1000") && text.contains("ranks = 1"), "{text}");
-    let text = shown(
-        folder.path(),
-        &format!(
-            "plan --checkpoint {model} --input-file prompts.json --meta-prompt-file prompt.txt \
-             --max-batch-size 1000 --max-seq-len 1000 --max-gen-len 10 --device cpu"
-        ),
-    );
     // Five layers, four key/value heads of eight numbers, keys and values, four bytes each.
-    let slots = 1e6 * (5 * 4 * 8 * 2 * 4) as f64 / 1e9;
-    assert!(text.contains(&format!("{slots:.2} slots")), "{text}");
+    let slots = |tokens: f64| format!("{:.2} slots", tokens * f64::from(5 * 4 * 8 * 2 * 4) / 1e9);
+    let text = plan("");
+    assert!(text.contains(&slots(400_000.0)), "{text}");
+    // Short rows may fill all of the room at once.
+    let text = plan("--max-kv-tokens 150000");
+    assert!(text.contains(&slots(150_000.0)), "{text}");
+}
+
+/// What `generate` rejects or refuses, `plan` says before.
+#[test]
+fn a_plan_rejects_and_refuses_what_generation_does() {
+    let prompts: Vec<String> = (1..12).map(|words| vec!["word"; 3 * words].join(" ")).collect();
+    let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
+    let folder = folder_of(&prompts);
+    let forced = "Yes,and,so,on,".repeat(2);
+    let args = GenerateArgs {
+        max_seq_len: Some(90),
+        force_prefix: Some(forced.clone()),
+        ..generate_args(folder.path())
+    };
+    let report = generate_with(args, &StopFlag::default()).unwrap();
+    assert!(report.rejected > 0 && report.answered > 0, "{report:?}");
+    let flags = format!(
+        "plan --checkpoint {} --input-file prompts.json --max-gen-len 24 --device cpu",
+        stories260k().display()
+    );
+    let of_prompt = |more: &str| format!("{flags} --meta-prompt-file prompt.txt {more}");
+    let plan = |more: &str| shown(folder.path(), &of_prompt(more));
+    let of_them = |rejected| format!("prompts    11, {rejected} of them to be rejected");
+    let text = plan(&format!("--max-seq-len 90 --force-prefix={forced}"));
+    assert!(text.contains(&of_them(report.rejected)), "{report:?} {text}");
+    let text = plan("--max-seq-len 90");
+    assert!(!text.contains(&of_them(report.rejected)), "{text}");
+
+    // The context has 512 tokens: rows get what the prefix leaves.
+    let output = run(folder.path(), &of_prompt("--max-seq-len 600"));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("not --max-seq-len 600") && said.contains("context 512"), "{said}");
+    fs::write(folder.path().join("long.txt"), "Be good. ".repeat(200) + "\n\nUser:").unwrap();
+    let long = format!("{flags} --meta-prompt-file long.txt");
+    let generate = long.replace("plan", "generate --output-file long.jsonl");
+    for command in [long, generate] {
+        let message = run_to(1, folder.path(), &command);
+        assert!(
+            message.contains("leaves no room for a row in the model's context of 512"),
+            "{message}"
+        );
+    }
+    assert!(!folder.path().join("long.jsonl.run.json").exists());
 }
 
 #[test]
