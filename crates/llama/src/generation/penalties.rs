@@ -176,6 +176,31 @@ mod tests {
                 prop_assert!((got - want).abs() < 1e-9, "token {}: {} for {}", id, got, want);
             }
         }
+
+        /// Each token that the row has changes once, however often it has it.
+        #[test]
+        fn tokens_of_the_row_are_divided_and_lowered_once(
+            generated in prop::collection::vec(0u32..6, 0..20),
+            logits in prop::array::uniform6(-5f32..5.0),
+            presence_penalty in -2.0f64..2.0,
+            repetition_penalty in 0.25f64..4.0,
+        ) {
+            let mut want = logits;
+            for (id, logit) in (0u32..).zip(&mut want) {
+                if generated.contains(&id) {
+                    let factor = if *logit > 0.0 { 1.0 / repetition_penalty } else { repetition_penalty };
+                    *logit = (f64::from(*logit) * factor - presence_penalty) as f32;
+                }
+            }
+            let sampling = Sampling { presence_penalty, repetition_penalty, ..Sampling::default() };
+            let key = RowKey { seed: 0, id: "row", position: 0, generated: &generated };
+            let mut got = Tensor::from_slice(&logits).view([1, 6]);
+            penalties(sampling, Vec::new()).apply(&mut got, &(0..6), &[key]).unwrap();
+            let got = Vec::<f32>::try_from(got.view([6])).unwrap();
+            for (got, want) in got.iter().zip(want) {
+                prop_assert!((got - want).abs() < 1e-5, "{} for {}", got, want);
+            }
+        }
     }
 
     #[test]
