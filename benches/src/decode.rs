@@ -110,7 +110,7 @@ pub(crate) fn decode(
         Request { id: row.to_string(), tokens: [&prefix[..], &suffix].concat(), seed: 0 }
     });
     let statistics = engine.run(&mut || requests.next(), &mut |event| match event {
-        Event::Rejected { .. } => ControlFlow::Break(()),
+        Event::Rejected { .. } | Event::Failed { .. } => ControlFlow::Break(()),
         _ => ControlFlow::Continue(()),
     })?;
     ensure!(statistics.finished == batch as u64, "not all rows ended: {statistics:?}");

@@ -244,6 +244,19 @@ impl SlotCache {
         Ok(())
     }
 
+    /// Empties a slot in which numbers are not finite. libtorch's operations multiply what lies behind a
+    /// row's last token by a probability of 0, which such numbers survive; this crate's kernels read no
+    /// further than the row.
+    pub(crate) fn clear(&mut self, slot: usize) -> Result<()> {
+        for layer in &self.layers {
+            let SlotLayer::Runs(runs) = layer else { continue };
+            for store in runs.iter().flat_map(|run| [&run.k, &run.v]) {
+                let _ = store.get(slot as i64).f_zero_()?; // (KV, L, D)
+            }
+        }
+        Ok(())
+    }
+
     fn runs(&mut self, layer: usize) -> &mut [SlotRun] {
         match &mut self.layers[layer] {
             SlotLayer::Runs(runs) => runs,

@@ -116,6 +116,17 @@ pub enum Error {
         /// Which one is the first, and what is wrong with it.
         first: String,
     },
+    /// Row after row got logits that are not finite.
+    #[error(
+        "the logits of {} rows in a row are not finite, with no answer between: {}; check the \
+         checkpoint, the adapter and --dtype",
+        ids.len(),
+        ids.join(", ")
+    )]
+    NotFinite {
+        /// The rows, each of which has its record.
+        ids: Vec<String>,
+    },
     /// A file that is to tell the speed of a run has no finished row.
     #[error("{}: tells no speed, it has no finished rows", path.display())]
     NoMetrics {

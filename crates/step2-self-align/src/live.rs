@@ -91,6 +91,11 @@ impl<'a> Live<'a> {
         self.counts.tokens += tokens;
     }
 
+    /// So many of the generated tokens are of no row any more.
+    pub(crate) fn discard(&mut self, tokens: u64) {
+        self.counts.tokens = self.counts.tokens.saturating_sub(tokens);
+    }
+
     /// The next beat, where it is time for one.
     pub(crate) fn due(&mut self) -> Option<Beat> {
         let every = if self.begun.elapsed() < EARLY { EARLY_BEAT } else { BEAT };
@@ -109,12 +114,14 @@ impl<'a> Live<'a> {
             beat: self.begun.elapsed().as_secs_f64(),
             seconds,
             rows: self.counts.rows - self.last.rows,
-            tokens: self.counts.tokens - self.last.tokens,
+            // Those of earlier beats may have been discarded, and are made up for by later ones.
+            tokens: self.counts.tokens.saturating_sub(self.last.tokens),
             slots_in_use: (self.counts.busy - self.last.busy) as f64 / steps.max(1) as f64,
             slots: self.slots,
             at: seconds_since_1970(),
         };
-        self.last = self.counts;
+        let told = self.counts.tokens.max(self.last.tokens);
+        self.last = Counts { tokens: told, ..self.counts };
         self.show(&beat);
         beat
     }
@@ -166,8 +173,13 @@ mod tests {
         assert_eq!((beat.rows, beat.tokens, beat.slots_in_use, beat.slots), (1, 6, 3.0, 4));
         live.tokens(1);
         pulse.step();
-        let beat = live.end();
+        let beat = live.beat();
         assert_eq!((beat.rows, beat.tokens, beat.slots_in_use), (0, 1, 2.0));
+        // Of the seven, five were of a row that failed.
+        live.discard(5);
+        assert_eq!(live.beat().tokens, 0);
+        live.tokens(8);
+        assert_eq!(live.end().tokens, 3);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! One run's way from prompts to rows: what the engine asks for and what it tells.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::{ControlFlow, Range};
 
 use dromedary_llama::generation::{
@@ -23,6 +23,10 @@ use crate::{Error, Result, Template};
 /// that it seldom has to ask.
 const BLOCK_OF_SLOTS: usize = 4;
 
+/// So many rows without finite logits, and no answer between, end the run: a model that computes
+/// nonsense would reject a million prompts otherwise.
+const MAX_NOT_FINITE: usize = 64;
+
 /// What the rows of a run are made with.
 #[derive(Clone, Copy)]
 pub(crate) struct Source<'a, 'q> {
@@ -39,12 +43,12 @@ pub(crate) struct Rows<'a, 'q> {
     source: Source<'a, 'q>,
     /// Taken from the queue.
     in_hand: Range<usize>,
-    /// Given back by a run of the engine that a row has ended.
-    again: VecDeque<usize>,
     under_way: BTreeMap<String, UnderWay>,
     output: Option<Output>,
     live: Live<'a>,
     counts: RowCounts,
+    /// Rows without finite logits since the last answer.
+    not_finite: Vec<String>,
     error: Option<Error>,
 }
 
@@ -69,29 +73,21 @@ impl<'a, 'q> Rows<'a, 'q> {
         Self {
             source,
             in_hand: 0..0,
-            again: VecDeque::new(),
             under_way: BTreeMap::new(),
             output,
             live,
             counts: RowCounts::default(),
+            not_finite: Vec::new(),
             error: None,
         }
     }
 
-    /// Generates until nothing is left or the group stops. A row whose logits are not finite is
-    /// rejected, and the others go on; the statistics are those since the last such row.
+    /// Generates until nothing is left or the group stops.
     pub(crate) fn run(&mut self, engine: &mut Engine<'_>) -> Result<Statistics> {
-        loop {
-            let result = self.run_engine(engine);
-            if let Some(error) = self.error.take() {
-                return Err(error);
-            }
-            match result {
-                Err(dromedary_llama::Error::NonFiniteLogits { id, position }) => {
-                    self.fail(&id, position);
-                }
-                result => return Ok(result?),
-            }
+        let result = self.run_engine(engine);
+        match self.error.take() {
+            Some(error) => Err(error),
+            None => Ok(result?),
         }
     }
 
@@ -108,17 +104,6 @@ impl<'a, 'q> Rows<'a, 'q> {
             }
         };
         engine.run(&mut source, &mut sink)
-    }
-
-    /// The row is rejected, and those beside it begin anew.
-    fn fail(&mut self, id: &str, position: u64) {
-        if let Some(row) = self.under_way.remove(id) {
-            let reason = format!("the logits of its output token {position} are not finite");
-            self.reject(row.task, reason);
-        }
-        let rest = std::mem::take(&mut self.under_way);
-        self.again.extend(rest.into_values().map(|row| row.task));
-        self.count_in_use();
     }
 
     /// The next prompt that can be run; those that cannot get their row here.
@@ -144,9 +129,6 @@ impl<'a, 'q> Rows<'a, 'q> {
     }
 
     fn next_task(&mut self) -> Option<usize> {
-        if let Some(task) = self.again.pop_front() {
-            return Some(task);
-        }
         if self.in_hand.is_empty() {
             let block = (self.source.config.max_batch_size / BLOCK_OF_SLOTS).max(1);
             match self.source.queue.borrow_mut().take(block) {
@@ -199,11 +181,11 @@ impl<'a, 'q> Rows<'a, 'q> {
                 }
             }
             Event::Finished(finished) => self.answer(finished),
-            Event::Rejected { id, reason } => {
-                if let Some(row) = self.under_way.remove(&id) {
-                    self.count_in_use();
-                    self.reject(row.task, reason);
-                }
+            Event::Rejected { id, reason } => self.give_up(&id, reason),
+            Event::Failed { id, position } => {
+                let reason = format!("the logits of its output token {position} are not finite");
+                self.give_up(&id, reason);
+                self.count_not_finite(id);
             }
         }
         if let Some(beat) = self.live.due() {
@@ -211,10 +193,28 @@ impl<'a, 'q> Rows<'a, 'q> {
         }
     }
 
+    /// A row that the engine does not answer; tokens that it was seen to get are of no row then.
+    fn give_up(&mut self, id: &str, reason: String) {
+        let Some(row) = self.under_way.remove(id) else { return };
+        self.count_in_use();
+        self.live.discard(row.tokens);
+        self.reject(row.task, reason);
+    }
+
+    /// Where one row after the other has no finite logits, it is not for the prompts.
+    fn count_not_finite(&mut self, id: String) {
+        self.not_finite.push(id);
+        if self.not_finite.len() >= MAX_NOT_FINITE {
+            let ids = std::mem::take(&mut self.not_finite);
+            self.set_error(Error::NotFinite { ids });
+        }
+    }
+
     fn answer(&mut self, finished: FinishedRow) {
         let Some(row) = self.under_way.remove(&finished.id) else { return };
         self.count_in_use();
         self.counts.answered += 1;
+        self.not_finite.clear();
         // Tokens that added no whole character were not seen.
         self.live.tokens((finished.tokens.len() as u64).saturating_sub(row.tokens));
         let mut output = finished.text;
@@ -406,19 +406,52 @@ mod tests {
     }
 
     #[test]
-    fn a_row_that_fails_is_recorded_and_those_beside_it_begin_anew() {
+    fn a_row_that_fails_is_recorded_and_those_beside_it_go_on() {
         let folder = tempfile::tempdir().unwrap();
         with_rows(folder.path(), |rows| {
-            rows.fail("b", 7);
+            for id in ["a", "b", "b"] {
+                rows.take(Event::Token { id, text: "x" });
+            }
+            rows.take(Event::Failed { id: "b".to_owned(), position: 7 });
             assert_eq!(rows.counts.rejected, 1);
-            assert_eq!(rows.source.pulse.in_use.get(), 0);
-            let ids: Vec<String> = std::iter::from_fn(|| rows.next()).map(|row| row.id).collect();
-            assert_eq!(ids, ["a", "c"]);
+            assert_eq!(rows.source.pulse.in_use.get(), 2);
+            assert!(rows.next().is_none() && rows.error.is_none());
+            assert_eq!(rows.live.beat().tokens, 1);
         });
         let text = std::fs::read_to_string(folder.path().join("aligned.jsonl")).unwrap();
         assert_eq!(text.lines().count(), 1);
         assert!(text.contains("\"id\":\"b\"") && text.contains("\"finish_reason\":\"rejected\""));
         assert!(text.contains("the logits of its output token 7 are not finite"), "{text}");
+    }
+
+    #[test]
+    fn many_rows_that_fail_one_after_the_other_are_an_error() {
+        let fails = |rows: &mut Rows<'_, '_>, count: usize| {
+            for row in 0..count {
+                rows.take(Event::Failed { id: format!("row {row}"), position: 0 });
+            }
+        };
+        let folder = tempfile::tempdir().unwrap();
+        with_rows(folder.path(), |rows| {
+            fails(rows, MAX_NOT_FINITE - 1);
+            rows.take(Event::Finished(FinishedRow {
+                id: "a".to_owned(),
+                tokens: vec![403],
+                text: "x".to_owned(),
+                finish_reason: RowEnd::Eos,
+                prompt_tokens: 9,
+                seconds: 0.1,
+            }));
+            fails(rows, MAX_NOT_FINITE - 1);
+            assert!(rows.error.is_none() && !rows.source.pulse.failed.get());
+            fails(rows, 1);
+            assert!(rows.source.pulse.failed.get());
+            let error = rows.error.take().unwrap().to_string();
+            assert!(
+                error.contains("64 rows in a row") && error.contains("row 0, row 1"),
+                "{error}"
+            );
+        });
     }
 
     #[test]

@@ -39,8 +39,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         seed: 0,
     });
     engine.run(&mut || requests.next(), &mut |event| {
-        if let Event::Finished(row) = event {
-            println!("{} [{}]{}", row.id, row.finish_reason, row.text);
+        match event {
+            Event::Token { .. } => {}
+            Event::Finished(row) => println!("{} [{}]{}", row.id, row.finish_reason, row.text),
+            Event::Rejected { id, reason } => println!("{id} [rejected] {reason}"),
+            Event::Failed { id, position } => {
+                println!("{id} [failed] the logits of its output token {position} are not finite");
+            }
         }
         ControlFlow::Continue(())
     })?;

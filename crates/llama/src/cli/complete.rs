@@ -237,6 +237,9 @@ fn print(
                 written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
             }
             Event::Rejected { reason, .. } => rejected = Some(reason),
+            Event::Failed { id, position } => {
+                rejected = Some(crate::Error::NonFiniteLogits { id, position }.to_string());
+            }
             Event::Token { .. } | Event::Finished(_) => {}
         }
         if stop.is_set() || written.is_err() {

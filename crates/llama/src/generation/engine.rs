@@ -204,8 +204,8 @@ impl<'a> Engine<'a> {
     /// all of them with the next tokens.
     ///
     /// # Errors
-    /// Logits that are not finite, a token that is not in the vocabulary, no memory, a failed
-    /// exchange between ranks. A request that is empty or too long is not an error but an event.
+    /// A token that is not in the vocabulary, no memory, a failed exchange between ranks. A request that
+    /// is empty or too long is not an error but an event, and so are logits that are not finite.
     pub fn run(
         &mut self,
         source: &mut dyn FnMut() -> Option<Request>,
@@ -217,9 +217,18 @@ impl<'a> Engine<'a> {
         self.waiting = None;
         let alone = self.comm.world_size() == 1;
         let mut caller = Caller { source, sink, drained: false, stop: false, alone };
-        tch::no_grad(|| self.run_rows(&mut caller))?;
+        let result = tch::no_grad(|| self.run_rows(&mut caller));
+        self.forget_slots_unless(result)?;
         self.statistics.collective_seconds = self.comm.collective_seconds() - before;
         Ok(self.statistics)
+    }
+
+    /// Behind an error nobody knows what the slots hold, and the next rows must not depend on it.
+    pub(super) fn forget_slots_unless<T>(&mut self, result: Result<T>) -> Result<T> {
+        if result.is_err() {
+            self.cache = SlotCache::new(self.model.heads(), &self.storage, 0, 0)?;
+        }
+        result
     }
 
     fn run_rows(&mut self, caller: &mut Caller<'_>) -> Result<()> {
@@ -488,9 +497,14 @@ impl<'a> Engine<'a> {
     ) -> Result<()> {
         let chosen = self.choose(logits, slots)?;
         let (tokens, stopped) = self.agree(&chosen, caller.stop)?;
-        self.statistics.output_tokens += tokens.len() as u64;
+        self.statistics.output_tokens += tokens.iter().flatten().count() as u64;
         for (&slot, token) in slots.iter().zip(tokens) {
             let Some(mut row) = self.slots[slot].take() else { continue };
+            let Some(token) = token else {
+                self.cache.clear(slot)?;
+                caller.tell(self.failed(&row));
+                continue;
+            };
             let text = row.push(token, &self.stop).to_owned();
             if !text.is_empty() {
                 caller.tell(Event::Token { id: row.id(), text: &text });
@@ -508,7 +522,17 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    fn choose(&mut self, logits: &Tensor, slots: &[usize]) -> Result<Vec<u32>> {
+    /// Counts a row whose logits are not finite: its tokens are part of no answer.
+    fn failed(&mut self, row: &Row<'_>) -> Event<'static> {
+        let RowKey { id, position, .. } = row.key();
+        self.statistics.failed += 1;
+        self.statistics.output_tokens -= position;
+        // The first came from the prompt, and the step that gave none has counted one.
+        self.statistics.decode_tokens -= position;
+        Event::Failed { id: id.to_owned(), position }
+    }
+
+    fn choose(&mut self, logits: &Tensor, slots: &[usize]) -> Result<Vec<Option<u32>>> {
         let keys: Vec<RowKey<'_>> =
             slots.iter().filter_map(|&slot| self.slots[slot].as_ref().map(Row::key)).collect();
         let vocabulary = Vocabulary {
@@ -522,18 +546,22 @@ impl<'a> Engine<'a> {
     }
 
     /// The tokens that rank 0 has chosen, and whether any rank wishes to stop.
-    fn agree(&self, chosen: &[u32], stop: bool) -> Result<(Vec<u32>, bool)> {
+    fn agree(&self, chosen: &[Option<u32>], stop: bool) -> Result<(Vec<Option<u32>>, bool)> {
         if self.comm.world_size() == 1 {
             return Ok((chosen.to_vec(), stop));
         }
-        let own = if self.comm.rank() == 0 { 1 } else { 0 };
-        let mut message: Vec<i64> = chosen.iter().map(|&token| i64::from(token) * own).collect();
+        // Rank 0 gives what is one more than the token, and 0 for none as all others do.
+        let leads = self.comm.rank() == 0;
+        let code =
+            |token: &Option<u32>| token.filter(|_| leads).map_or(0, |token| i64::from(token) + 1);
+        let mut message: Vec<i64> = chosen.iter().map(code).collect();
         message.push(i64::from(stop));
         let mut message = Tensor::from_slice(&message);
         self.comm.all_reduce_max(&mut message)?;
         let mut message = Vec::<i64>::try_from(message)?;
         let stop = message.pop() == Some(1);
-        Ok((message.into_iter().map(|token| token as u32).collect(), stop))
+        let token = |code: i64| code.checked_sub(1).and_then(|token| u32::try_from(token).ok());
+        Ok((message.into_iter().map(token).collect(), stop))
     }
 }
 

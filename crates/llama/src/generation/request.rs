@@ -71,6 +71,14 @@ pub enum Event<'a> {
         /// Why, with the numbers.
         reason: String,
     },
+    /// A row has no next token, because the model gave it logits that are NaN or infinite: its text is
+    /// worth nothing. The rows beside it go on as if it had never been there.
+    Failed {
+        /// The row.
+        id: String,
+        /// Number of tokens that it had generated before.
+        position: u64,
+    },
 }
 
 /// What a run of an engine did.
@@ -80,9 +88,11 @@ pub struct Statistics {
     pub finished: u64,
     /// Requests that were rejected.
     pub rejected: u64,
+    /// Rows whose logits were not finite.
+    pub failed: u64,
     /// Prompt tokens that were computed, without those taken from the pinned prefix.
     pub prompt_tokens: u64,
-    /// Tokens that were chosen, end-of-text tokens included.
+    /// Tokens that were chosen, end-of-text tokens included and those of failed rows left out.
     pub output_tokens: u64,
     /// Those of them that decode steps gave; each row's first token comes from reading its prompt.
     pub decode_tokens: u64,

@@ -17,7 +17,7 @@ use super::{
     penalties::Penalties,
 };
 use crate::{
-    Error, Result,
+    Result,
     kernels::{Kernels, tasks},
 };
 
@@ -45,10 +45,6 @@ impl RowKey<'_> {
         // A block of the stream for each position.
         random.set_word_pos(u128::from(self.position) * 16);
         random.random()
-    }
-
-    fn not_finite(&self) -> Error {
-        Error::NonFiniteLogits { id: self.id.to_owned(), position: self.position }
     }
 }
 
@@ -100,37 +96,38 @@ impl Sampler {
         self.gathered_rows
     }
 
-    /// A token for each row. Every rank must call this with the same keys; all get the same.
+    /// A token for each row; none where its logits are not finite, of which the best would be token 0.
+    /// Every rank must call this with the same keys; all get the same.
     ///
     /// # Shapes
     /// logits: `(B, W)` in f32.
     ///
     /// # Errors
-    /// Logits that are not finite, with the row: the best token of NaN logits would be token 0. A
-    /// failed exchange between ranks.
+    /// A failed exchange between ranks, or no memory.
     pub(super) fn choose(
         &mut self,
         mut logits: Tensor,
         vocabulary: &Vocabulary<'_>,
         keys: &[RowKey<'_>],
-    ) -> Result<Vec<u32>> {
+    ) -> Result<Vec<Option<u32>>> {
         self.penalties.apply(&mut logits, &vocabulary.rows, keys)?;
         if self.sampling.is_greedy() {
-            return best(&logits, vocabulary, keys);
+            return best(&logits, vocabulary);
         }
         let offers = self.offers(&logits, vocabulary)?;
         let mut chosen = Vec::with_capacity(keys.len());
         let mut open = Vec::new();
         for (row, (offer, key)) in (0i64..).zip(offers.iter().zip(keys)) {
             if !offer.max.is_finite() {
-                return Err(key.not_finite());
+                chosen.push(None);
+                continue;
             }
             let known = Known { best: &offer.best, complete: offer.complete, total: offer.total };
             let token = draw(&known, &self.sampling, key.uniform());
             if token.is_none() {
                 open.push(row);
             }
-            chosen.push(token.unwrap_or(0));
+            chosen.push(token);
         }
         if !open.is_empty() {
             let rows = Tensor::from_slice(&open).to_device(logits.device());
@@ -150,8 +147,7 @@ impl Sampler {
                 },
             )?;
             for (row, token) in open.into_iter().zip(tokens) {
-                let row = row as usize;
-                chosen[row] = token.ok_or_else(|| keys[row].not_finite())?;
+                chosen[row as usize] = token;
             }
         }
         Ok(chosen)
@@ -256,24 +252,24 @@ fn draw_from_all(
     }
 }
 
-/// The best token of each row, from each rank's best of its own rows of the vocabulary.
-fn best(logits: &Tensor, vocabulary: &Vocabulary<'_>, keys: &[RowKey<'_>]) -> Result<Vec<u32>> {
+/// The best token of each row, from each rank's best of its own rows of the vocabulary; none where
+/// logits are not finite.
+fn best(logits: &Tensor, vocabulary: &Vocabulary<'_>) -> Result<Vec<Option<u32>>> {
+    let (rows, _) = logits.size2()?;
     let (mut max, mut index) = logits.max_dim(-1, true); // (B, 1)
     if vocabulary.is_split() {
         let own = index + vocabulary.rows.start;
         // In f64, which holds an f32 and a token id alike.
         let own = Tensor::f_cat(&[max.to_kind(Kind::Double), own.to_kind(Kind::Double)], 1)?;
-        let all = vocabulary.comm.all_gather(&own)?.view([-1, keys.len() as i64, 2]); // (tp, B, 2)
+        let all = vocabulary.comm.all_gather(&own)?.view([-1, rows, 2]); // (tp, B, 2)
         let (largest, rank) = all.select(2, 0).max_dim(0, false); // (B)
         max = largest.to_kind(Kind::Float);
         index = all.select(2, 1).gather(0, &rank.unsqueeze(0), false).to_kind(Kind::Int64); // (1, B)
     }
     let max = Vec::<f32>::try_from(max.view(-1))?;
-    if let Some((_, key)) = max.iter().zip(keys).find(|(max, _)| !max.is_finite()) {
-        return Err(key.not_finite());
-    }
     let index = Vec::<i64>::try_from(index.view(-1))?;
-    Ok(index.into_iter().map(|id| id as u32).collect())
+    let token = |(max, id): (f32, i64)| max.is_finite().then_some(id as u32);
+    Ok(max.into_iter().zip(index).map(token).collect())
 }
 
 #[cfg(test)]

@@ -54,18 +54,19 @@ impl Engine<'_> {
             .filter(|(_, request)| !request.target.is_empty())
             .map(|(number, request)| self.score_row(number, request))
             .collect::<Result<_>>()?;
-        let mut scores = vec![0.0; requests.len()];
-        let mut rows = &rows[..];
-        tch::no_grad(|| -> Result<()> {
-            while !rows.is_empty() {
-                let (now, later) = rows.split_at(self.rows_at_once(rows));
-                for (row, score) in now.iter().zip(self.score_rows(now)?) {
-                    scores[row.number] = score;
-                }
-                rows = later;
+        let result = tch::no_grad(|| self.score_all(&rows, requests.len()));
+        self.forget_slots_unless(result)
+    }
+
+    fn score_all(&mut self, mut rows: &[ScoreRow<'_>], requests: usize) -> Result<Vec<f64>> {
+        let mut scores = vec![0.0; requests];
+        while !rows.is_empty() {
+            let (now, later) = rows.split_at(self.rows_at_once(rows));
+            for (row, score) in now.iter().zip(self.score_rows(now)?) {
+                scores[row.number] = score;
             }
-            Ok(())
-        })?;
+            rows = later;
+        }
         Ok(scores)
     }
 
@@ -83,8 +84,9 @@ impl Engine<'_> {
         if tokens.len() > room {
             return Err(refused(format!(
                 "prompt and target have {} tokens behind {prefix} of the shared prefix, and a row has \
-                 room for {room} (max_seq_len {}, context {context})",
+                 room for {} with the target's last (max_seq_len {}, context {context})",
                 tokens.len() + 1,
+                room + 1,
                 self.config.max_seq_len
             )));
         }

@@ -26,6 +26,7 @@ mod job; // starts and watches jobs
 mod memory; // what generation takes, against what is planned
 mod merge; // adapters into their base, `llama merge`
 mod model; // parts of the model, adapters in place
+mod not_finite; // rows without finite logits, beside others
 mod parity; // logits against golden values
 mod plan; // the split over ranks
 mod plan_command; // `llama plan`

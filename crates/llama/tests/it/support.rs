@@ -88,6 +88,8 @@ impl Loaded {
 pub(crate) struct Output {
     pub(crate) finished: Vec<FinishedRow>,
     pub(crate) rejected: Vec<(String, String)>,
+    /// Rows without finite logits, and the number of tokens that they had.
+    pub(crate) failed: Vec<(String, u64)>,
     /// The pieces of each row, joined, by id.
     pub(crate) streamed: std::collections::BTreeMap<String, String>,
     pub(crate) statistics: Statistics,
@@ -109,6 +111,7 @@ pub(crate) fn run(engine: &mut Engine<'_>, requests: Vec<Request>) -> Output {
             }
             Event::Finished(row) => output.finished.push(row),
             Event::Rejected { id, reason } => output.rejected.push((id, reason)),
+            Event::Failed { id, position } => output.failed.push((id, position)),
         }
         ControlFlow::Continue(())
     });

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use dromedary_command::StopFlag;
 use dromedary_llama::cli::SamplingArgs;
-use dromedary_self_align::{Done, GenerateArgs};
+use dromedary_self_align::{Done, GenerateArgs, GenerateReport};
 use dromedary_tokenizer::Tokenizer;
+use serde_json::Value;
 
 use crate::faults::{flags, with};
 use crate::generate::STORIES;
@@ -21,6 +22,11 @@ const HIDDEN_SIZE: usize = 64;
 const LARGE: f32 = 3e38;
 /// Added to the token's logit, some rows come to it and others do not.
 const LIKELY: f64 = 9.0;
+
+/// Deterministic or not, and what is computed in: in bf16 by libtorch's operations, in f32 by this
+/// project's kernels.
+const SETTINGS: [(bool, &str); 4] =
+    [(false, "f32"), (true, "f32"), (false, "bf16"), (true, "bf16")];
 
 /// The id of [`UNFIT`].
 fn unfit_id() -> usize {
@@ -134,8 +140,7 @@ fn stories(args: impl Fn(&Path) -> GenerateArgs) -> BTreeMap<String, String> {
 
 #[test]
 fn rows_without_finite_logits_are_recorded_and_the_others_are_as_without_them() {
-    // In bf16 libtorch's operations compute, in f32 this project's kernels.
-    for (deterministic, dtype) in [(false, "f32"), (true, "f32"), (false, "bf16")] {
+    for (deterministic, dtype) in SETTINGS {
         let args = |folder: &Path| GenerateArgs {
             checkpoint: Some(model(folder)),
             max_seq_len: Some(200),
@@ -182,24 +187,36 @@ fn ranks_that_hold_one_model_reject_the_same_rows() {
 /// The model comes to the token itself, in the middle of an answer.
 #[test]
 fn a_row_may_lose_its_logits_at_any_token() {
-    let prompts: Vec<String> = (0..24).map(|n| format!("{} {n}", STORIES[n % 6])).collect();
-    let folder = folder(&prompts);
-    let folder = folder.path();
-    let bias = vec![format!("{}={LIKELY}", unfit_id())];
-    let sampling = SamplingArgs {
-        temperature: Some(1.0),
-        top_p: Some(1.0),
-        logit_bias: bias,
-        ..SamplingArgs::default()
-    };
-    let args = GenerateArgs {
-        checkpoint: Some(model(folder)),
-        max_seq_len: Some(200),
-        max_batch_size: Some(4),
-        sampling,
-        ..generate_args(folder)
-    };
-    let report = generate_with(args, &StopFlag::default()).unwrap();
+    for (deterministic, dtype) in SETTINGS {
+        let args = |folder: &Path| GenerateArgs {
+            checkpoint: Some(model(folder)),
+            max_seq_len: Some(200),
+            max_batch_size: Some(4),
+            deterministic: Some(deterministic),
+            dtype: Some(dtype.to_owned()),
+            sampling: SamplingArgs {
+                temperature: Some(1.0),
+                top_p: Some(1.0),
+                logit_bias: vec![format!("{}={LIKELY}", unfit_id())],
+                ..SamplingArgs::default()
+            },
+            ..generate_args(folder)
+        };
+        let prompts: Vec<String> = (0..24).map(|n| format!("{} {n}", STORIES[n % 6])).collect();
+        let all = folder(&prompts);
+        let report = generate_with(args(all.path()), &StopFlag::default()).unwrap();
+        let answers = answers_of_late_failures(all.path(), &report);
+        // Those that were answered, without the others beside them.
+        let answered: Vec<String> = answers.keys().cloned().collect();
+        let fit = folder(&answered);
+        let report = generate_with(args(fit.path()), &StopFlag::default()).unwrap();
+        assert_eq!((report.answered, report.rejected), (answers.len(), 0));
+        assert_eq!(answers, rows(fit.path()).0, "{deterministic} {dtype}");
+    }
+}
+
+/// The rows that were answered; the others came to their end behind some tokens, which count nowhere.
+fn answers_of_late_failures(folder: &Path, report: &GenerateReport) -> BTreeMap<String, String> {
     assert_eq!(report.answered + report.rejected, 24);
     let rows = lines(&folder.join("aligned.jsonl"));
     let mut seen: Vec<&str> = rows.iter().map(|row| row["instruction"].as_str().unwrap()).collect();
@@ -216,4 +233,39 @@ fn a_row_may_lose_its_logits_at_any_token() {
     assert!(positions.iter().all(|&position| position > 0), "{positions:?}");
     assert!(positions.iter().max() > positions.iter().min(), "{positions:?}");
     assert!(report.answered > 0, "{positions:?}");
+    let answered = rows.iter().filter(|row| row["finish_reason"] != "rejected");
+    let answers: BTreeMap<String, String> = answered
+        .map(|row| (row["instruction"].as_str().unwrap().to_owned(), row.to_string()))
+        .collect();
+    let written: u64 = rows.iter().map(|row| row["output_tokens"].as_u64().unwrap()).sum();
+    let metrics = lines(&folder.join("metrics.jsonl"));
+    let told = |kind: &str, key: &str| -> u64 {
+        metrics
+            .iter()
+            .filter(|line| line[kind] != Value::Null)
+            .map(|line| line[key].as_u64().unwrap())
+            .sum()
+    };
+    assert_eq!((told("beat", "tokens"), told("run", "output_tokens")), (written, written));
+    answers
+}
+
+/// Where no prompt gets finite logits, the prompts are not to blame: the run ends and names the rows.
+#[test]
+fn a_model_that_gives_no_finite_logits_at_all_ends_the_run() {
+    let prompts: Vec<String> = (0..70).map(|n| format!("Story {n} ~")).collect();
+    let folder = folder(&prompts);
+    let folder = folder.path();
+    let args = GenerateArgs {
+        checkpoint: Some(model(folder)),
+        max_seq_len: Some(200),
+        ..generate_args(folder)
+    };
+    let error = generate_with(args, &StopFlag::default()).unwrap_err();
+    let rows = lines(&folder.join("aligned.jsonl"));
+    assert!((64..70).contains(&rows.len()), "{}", rows.len());
+    let text = error.to_string();
+    assert!(text.starts_with("the logits of 64 rows in a row are not finite"), "{text}");
+    assert!(rows[..64].iter().all(|row| text.contains(row["id"].as_str().unwrap())), "{text}");
+    assert!(!folder.join("aligned.jsonl.done").exists());
 }
