@@ -52,7 +52,7 @@ impl Example {
     /// clipped to the row, and joined where they touch.
     pub fn new(
         example_id: u64,
-        input_ids: Vec<u32>,
+        mut input_ids: Vec<u32>,
         learned: impl IntoIterator<Item = Range<usize>>,
     ) -> Self {
         let clipped = |range: Range<usize>| range.start.max(1)..range.end.min(input_ids.len());
@@ -66,6 +66,8 @@ impl Example {
                 _ => learned.push(range),
             }
         }
+        // Rows stay for the whole run, so they do not keep room for what was cut off.
+        input_ids.shrink_to_fit();
         Self { example_id, input_ids, learned, truncated_left: 0, truncated_right: 0 }
     }
 
@@ -229,7 +231,7 @@ impl MicroBatch {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     fn example(example_id: u64, input_ids: &[u32], learn_from: usize) -> Example {
@@ -266,7 +268,8 @@ mod tests {
         assert_eq!(batch.num_targets(), rows.iter().map(Example::num_targets).sum::<usize>());
     }
 
-    fn tokenizer() -> Tokenizer {
+    /// That of stories260k.
+    pub(crate) fn tokenizer() -> Tokenizer {
         let stories = "../llama/tests/data/stories260k";
         Tokenizer::open(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(stories)).unwrap()
     }

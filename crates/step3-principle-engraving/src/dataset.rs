@@ -1,12 +1,14 @@
 //! Training rows as text, which words the model reads and which it learns, and as tokens.
 
 use std::{
+    borrow::Borrow,
     fs::File,
     io::Read,
+    iter,
     path::{Path, PathBuf},
 };
 
-use dromedary_records::{RawRow, TrainingRow};
+use dromedary_records::{RawRow, TrainingRow, read_raw_rows};
 use dromedary_tokenizer::{ChatOptions, ChatTemplate, Tokenizer};
 use rayon::prelude::*;
 
@@ -23,6 +25,10 @@ use crate::{
 const ANSWER_MARK: &str = "### Dromedary";
 /// The first bytes of a parquet file.
 const PARQUET: &[u8] = b"PAR1";
+/// So many rows are read, then encoded by all threads.
+const CHUNK_ROWS: usize = 4096;
+/// A chunk ends with the row that reaches so many bytes.
+const CHUNK_BYTES: usize = 8 << 20;
 
 /// How the rows of a data set become tokens.
 #[derive(Clone, Debug, PartialEq)]
@@ -68,28 +74,44 @@ impl Dataset {
         config: &DataConfig,
         tokenizer: &Tokenizer,
     ) -> Result<Self> {
-        let rows = read_raw_rows(path, limit)?;
-        let reader = Reader::new(path, &rows[0], config, tokenizer)?;
-        let read = |(index, raw): (usize, &RawRow)| {
-            let row = reader.row(raw, index + 1)?;
-            Ok((row.example_id, reader.encode(&row, index + 1)?, row.meta_prompt))
-        };
-        // All of them, so that the error is that of the first bad row, whichever is found first.
-        let encoded: Vec<Result<_>> = rows.par_iter().enumerate().map(read).collect();
+        Self::of_rows(path, raw_rows(path, limit)?, config, tokenizer)
+    }
 
-        let mut examples = Vec::with_capacity(rows.len());
-        let mut audit = Audit::new(reader.format, &config.collate);
-        for (index, row) in encoded.into_iter().enumerate() {
-            let (example_id, encoded, meta_prompt) = row?;
-            match encoded {
-                Some(encoded) => {
-                    audit.add(&encoded, meta_prompt);
-                    examples.push(encoded.example);
-                }
-                None => audit.add_without_target(index + 1, example_id),
+    /// The rows of `path`, of which there must be one. Those of one chunk exist as text at a time.
+    fn of_rows<R: Borrow<RawRow> + Send>(
+        path: &Path,
+        mut rows: impl Iterator<Item = Result<R>>,
+        config: &DataConfig,
+        tokenizer: &Tokenizer,
+    ) -> Result<Self> {
+        let first = rows.next().ok_or_else(|| Error::EmptyDataset { path: path.to_owned() })??;
+        let reader = Reader::new(path, first.borrow(), config, tokenizer)?;
+        let audit = Audit::new(reader.format, &config.collate);
+        let mut dataset = Self { examples: Vec::new(), audit, path: path.to_owned() };
+        let mut number = 0;
+        for chunk in chunks(iter::once(Ok(first)).chain(rows)) {
+            let read = |(at, raw): (usize, Result<R>)| reader.read(raw?.borrow(), number + at + 1);
+            // All of them, so that the error is that of the first bad row, whichever is found first.
+            let read: Vec<Result<_>> = chunk.into_par_iter().enumerate().map(read).collect();
+            for row in read {
+                number += 1;
+                dataset.add(number, row?);
             }
         }
-        Ok(Self { examples, audit, path: path.to_owned() })
+        dataset.examples.shrink_to_fit();
+        Ok(dataset)
+    }
+
+    /// Adds row `number` of the file.
+    fn add(&mut self, number: usize, row: ReadRow) {
+        let ReadRow { example_id, meta_prompt, encoded } = row;
+        match encoded {
+            Some(encoded) => {
+                self.audit.add(&encoded, meta_prompt);
+                self.examples.push(encoded.example);
+            }
+            None => self.audit.add_without_target(number, example_id),
+        }
     }
 
     /// Refuses what cannot be trained on: no row at all, or rows without a target unless these are
@@ -108,6 +130,15 @@ impl Dataset {
         }
         Ok(())
     }
+}
+
+/// A row that has been read.
+struct ReadRow {
+    example_id: u64,
+    /// Name of the meta prompt, where it has one.
+    meta_prompt: Option<String>,
+    /// Its tokens, where something is left to be learned.
+    encoded: Option<Encoded>,
 }
 
 /// What turns the rows of one file into tokens.
@@ -145,8 +176,10 @@ impl<'a> Reader<'a> {
         Ok(Self { path, format, meta_prompts, template, tokenizer, collate })
     }
 
-    fn row(&self, raw: &RawRow, number: usize) -> Result<Row> {
-        self.format.row(self.path, raw, number, &self.meta_prompts)
+    fn read(&self, raw: &RawRow, number: usize) -> Result<ReadRow> {
+        let row = self.format.row(self.path, raw, number, &self.meta_prompts)?;
+        let encoded = self.encode(&row, number)?;
+        Ok(ReadRow { example_id: row.example_id, meta_prompt: row.meta_prompt, encoded })
     }
 
     /// The row as tokens; `None` where nothing is left to be learned.
@@ -279,22 +312,34 @@ fn read_text(path: &Path) -> Result<String> {
     std::fs::read_to_string(path).map_err(|source| Error::Io { path: path.to_owned(), source })
 }
 
-/// The rows of a file (JSON array or JSONL, also compressed) before they are parsed, `limit` at most and one
-/// at least.
-fn read_raw_rows(path: &Path, limit: Option<usize>) -> Result<Vec<RawRow>> {
-    let dataset = |source| Error::Dataset { path: path.to_owned(), source };
+/// The rows of a file (JSON array or JSONL, also compressed) before they are parsed, `limit` at most.
+fn raw_rows(
+    path: &Path,
+    limit: Option<usize>,
+) -> Result<impl Iterator<Item = Result<RawRow>> + use<>> {
     if is_parquet(path) {
         return Err(Error::Parquet { path: path.to_owned() });
     }
-    let rows = dromedary_records::read_raw_rows(path)
-        .map_err(dataset)?
-        .take(limit.unwrap_or(usize::MAX))
-        .collect::<std::result::Result<Vec<_>, _>>()
-        .map_err(dataset)?;
-    if rows.is_empty() {
-        return Err(Error::EmptyDataset { path: path.to_owned() });
-    }
-    Ok(rows)
+    let owned = path.to_owned();
+    let dataset = move |source| Error::Dataset { path: owned.clone(), source };
+    let rows = read_raw_rows(path).map_err(&dataset)?;
+    Ok(rows.take(limit.unwrap_or(usize::MAX)).map(move |row| row.map_err(&dataset)))
+}
+
+/// `rows` in chunks of at most [`CHUNK_ROWS`], each of which ends with the row that reaches [`CHUNK_BYTES`].
+fn chunks<R: Borrow<RawRow>>(
+    rows: impl Iterator<Item = Result<R>>,
+) -> impl Iterator<Item = Vec<Result<R>>> {
+    let mut rows = rows.fuse();
+    iter::from_fn(move || {
+        let (mut chunk, mut bytes) = (Vec::new(), 0);
+        while chunk.len() < CHUNK_ROWS && bytes < CHUNK_BYTES {
+            let Some(row) = rows.next() else { break };
+            bytes += row.as_ref().map_or(0, |row| row.borrow().text().len());
+            chunk.push(row);
+        }
+        (!chunk.is_empty()).then_some(chunk)
+    })
 }
 
 fn is_parquet(path: &Path) -> bool {
@@ -304,7 +349,33 @@ fn is_parquet(path: &Path) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        io::Write,
+        sync::atomic::{AtomicUsize, Ordering},
+    };
+
     use super::*;
+    use crate::collate::tests::tokenizer;
+
+    /// Rows of `input` and `output`, as they are.
+    fn pairs() -> DataConfig {
+        DataConfig {
+            tokenizer: PathBuf::new(),
+            dataset: PathBuf::new(),
+            max_train_samples: None,
+            drop_empty: false,
+            format: Some(DatasetFormat::InputOutput),
+            meta_prompt_pattern: None,
+            chat: ChatOptions::default(),
+            collate: CollateConfig {
+                source_max_len: 512,
+                target_max_len: 64,
+                train_on_source: false,
+                add_eos_to_target: false,
+                learned_turns: LearnedTurns::default(),
+            },
+        }
+    }
 
     fn row(example_id: u64, input: &str) -> TrainingRow {
         TrainingRow {
@@ -365,5 +436,109 @@ mod tests {
     fn a_pattern_without_files_is_named() {
         let error = MetaPrompts::open("/nonexistent/*_prompt.txt").unwrap_err();
         assert!(error.to_string().contains("/nonexistent/*_prompt.txt"));
+    }
+
+    /// A raw row that is counted for as long as it exists.
+    struct Counted<'a> {
+        row: RawRow,
+        alive: &'a AtomicUsize,
+    }
+
+    impl Borrow<RawRow> for Counted<'_> {
+        fn borrow(&self) -> &RawRow {
+            &self.row
+        }
+    }
+
+    impl Drop for Counted<'_> {
+        fn drop(&mut self) {
+            self.alive.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    fn write_rows(texts: impl Iterator<Item = (String, String)>) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        for (input, output) in texts {
+            let row = serde_json::json!({"input": input, "output": output});
+            writeln!(file, "{row}").unwrap();
+        }
+        file
+    }
+
+    /// Reads a file whose rows are counted: the data set, and the most rows and bytes of them that existed as
+    /// text at a time.
+    fn read_counted(path: &Path) -> (Dataset, usize, usize) {
+        let (alive, mut most, mut most_bytes) = (AtomicUsize::new(0), 0, 0);
+        let rows = raw_rows(path, None).unwrap().map(|row| {
+            let row = row?;
+            let now = alive.fetch_add(1, Ordering::Relaxed) + 1;
+            most = most.max(now);
+            most_bytes = most_bytes.max(now * row.text().len());
+            Ok(Counted { row, alive: &alive })
+        });
+        let tokenizer = tokenizer();
+        let dataset = Dataset::of_rows(path, rows, &pairs(), &tokenizer).unwrap();
+        assert_eq!(alive.into_inner(), 0);
+        (dataset, most, most_bytes)
+    }
+
+    #[test]
+    fn rows_exist_as_text_one_chunk_at_a_time_and_stay_in_order() {
+        let count = 3 * CHUNK_ROWS + 5;
+        let letter = |index: usize| char::from(b'a' + (index % 26) as u8).to_string();
+        let file = write_rows((0..count).map(|index| (letter(index), letter(index / 7))));
+        let (dataset, most, _) = read_counted(file.path());
+        assert_eq!(most, CHUNK_ROWS);
+        assert_eq!(dataset.examples.len(), count);
+        let tokenizer = tokenizer();
+        for (index, example) in dataset.examples.iter().enumerate() {
+            assert_eq!(example.example_id, index as u64 + 1);
+            let text = tokenizer.decode(&example.input_ids);
+            assert_eq!(text, letter(index) + &letter(index / 7), "row {}", index + 1);
+        }
+        let lengths: Vec<_> = dataset.examples.iter().map(|row| row.input_ids.len()).collect();
+        assert_eq!(dataset.audit.lengths, lengths);
+    }
+
+    #[test]
+    fn long_rows_make_short_chunks_and_leave_their_tokens_alone() {
+        let file = write_rows((0..64).map(|_| ("a ".repeat(1 << 18), "b".to_owned())));
+        let (dataset, most, most_bytes) = read_counted(file.path());
+        assert!((CHUNK_BYTES..CHUNK_BYTES + (1 << 20)).contains(&most_bytes), "{most_bytes}");
+        assert!(most < 20, "{most}");
+        let held: usize = dataset.examples.iter().map(|row| row.input_ids.capacity()).sum();
+        assert!(held <= 64 * 600, "{held}");
+    }
+
+    #[test]
+    fn the_error_is_that_of_the_first_bad_row_with_its_number_in_the_file() {
+        let tokenizer = tokenizer();
+        let rows = |count: usize, bad: &[usize]| -> String {
+            let row = |number| match bad.contains(&number) {
+                true => "{\"input\": 1, \"output\": \"b\"}\n",
+                false => "{\"input\": \"a\", \"output\": \"b\"}\n",
+            };
+            (1..=count).map(row).collect()
+        };
+        let read = |text: String, limit| {
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            file.write_all(text.as_bytes()).unwrap();
+            Dataset::read(file.path(), limit, &pairs(), &tokenizer)
+        };
+        let bad = [CHUNK_ROWS + 17, CHUNK_ROWS + 900, 2 * CHUNK_ROWS + 1];
+        let text = rows(3 * CHUNK_ROWS, &bad);
+        let error = read(text.clone(), None).unwrap_err().to_string();
+        assert!(error.contains(&format!("row {}", bad[0])), "{error}");
+        assert_eq!(read(text, Some(bad[0] - 1)).unwrap().examples.len(), bad[0] - 1);
+
+        // A file that is cut off is read up to its last row, whose chunk has a bad row before it.
+        let cut_off = "{\"input\": \"a\", ";
+        let error = read(rows(9, &[3]) + cut_off, None).unwrap_err().to_string();
+        assert!(error.contains("row 3"), "{error}");
+        let error = read(rows(9, &[]) + cut_off, None).unwrap_err();
+        assert!(matches!(error, Error::Dataset { .. }), "{error}");
+        for (text, limit) in [(String::new(), None), (rows(9, &[]), Some(0))] {
+            assert!(matches!(read(text, limit), Err(Error::EmptyDataset { .. })));
+        }
     }
 }
