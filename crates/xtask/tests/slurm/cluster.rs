@@ -20,7 +20,7 @@ pub(crate) const NODES: [&str; 2] = ["n1", "n2"];
 
 /// Deadline of whatever should take seconds, or a minute where Slurm counts in minutes: against
 /// hanging only.
-const LIMIT: Duration = Duration::from_secs(600);
+pub(crate) const LIMIT: Duration = Duration::from_secs(600);
 
 /// Time between two looks.
 const LOOK: Duration = Duration::from_millis(100);
@@ -235,10 +235,10 @@ impl Cluster {
         Job { cluster: self, id: id.trim().to_owned() }
     }
 
-    /// Lets stopped tasks go on as soon as Slurm has sent them a signal, which may do it as well.
+    /// Lets stopped tasks go on as soon as Slurm has sent one of them a signal, which may do it as well.
     pub(crate) fn go_on_when_told(&self, tasks: &Stopped, signal: Signal) {
         self.wait_until(&format!("Slurm has sent {signal:?}"), || {
-            tasks.are_waited_for_by(signal) || !tasks.are_stopped()
+            tasks.waited_for_by(signal) > 0 || !tasks.are_stopped()
         });
         tasks.go_on();
     }

@@ -7,18 +7,18 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, LIMIT};
 use crate::processes;
 use crate::work::Work;
 
 /// Slurm looks every 30 s whose time is nearly over, and counts in minutes. Until it has sent its
-/// signal the task is stopped, so that it does not finish before.
+/// signal, not before 70 s, the task is stopped, so that it does not finish before.
 #[test]
 #[ignore = "needs Slurm: cargo xtask test --slurm"]
 fn a_job_whose_time_is_nearly_over_goes_back_into_the_queue_and_finishes() {
     let cluster = Cluster::start();
     let work = Work::new(&cluster, 60);
-    let job = work.submit_to_stop_in_the_middle(&["--time=00:01:00", "--signal=USR1@50"]);
+    let job = work.submit_to_stop_in_the_middle(&["--time=00:02:00", "--signal=USR1@50"]);
     let task = job.stopped(1);
     let step = cluster.run("scontrol", &["show", "step", &format!("{}.0", job.id)]);
     assert!(step.contains("CPUs=8 "), "the script's --cpus-per-task: {step}");
@@ -26,7 +26,27 @@ fn a_job_whose_time_is_nearly_over_goes_back_into_the_queue_and_finishes() {
     let states = job.complete();
     assert_ne!(states[0]["Restarts"], "0", "{}", job.log());
     let log = job.log();
-    assert!(log.contains("SIGUSR1") && log.contains(" of 60 rows are there"), "{log}");
+    assert!(log.contains("stopped: ") && log.contains(" of 60 rows are there"), "{log}");
+    work.assert_whole();
+}
+
+/// One element of an array has the number of the array, by which Slurm takes all of them.
+#[test]
+#[ignore = "needs Slurm: cargo xtask test --slurm"]
+fn an_element_that_goes_back_into_the_queue_goes_alone() {
+    let cluster = Cluster::start();
+    let work = Work::new(&cluster, 36);
+    let job = work.submit_to_stop_in_the_middle(&["--array=0-2"]);
+    let tasks = job.stopped(3);
+    let states = job.states();
+    let own = states.iter().find(|state| state["JobId"] == job.id).expect("the array's number");
+    let element = format!("{}_{}", job.id, own["ArrayTaskId"]);
+    cluster.run("scancel", &["--signal=USR1", &element]);
+    cluster.go_on_when_told(&tasks, Signal::USR1);
+    for state in job.complete() {
+        let expected = if state["JobId"] == job.id { "1" } else { "0" };
+        assert_eq!(state["Restarts"], expected, "{state:#?}\n{}", cluster.said());
+    }
     work.assert_whole();
 }
 
@@ -178,7 +198,7 @@ fn nothing_is_left_of_tests_however_they_end() {
 fn until(what: &str, condition: impl Fn() -> bool) {
     let begin = Instant::now();
     while !condition() {
-        assert!(begin.elapsed() < Duration::from_secs(120), "{what}");
+        assert!(begin.elapsed() < LIMIT, "{what}");
         thread::sleep(Duration::from_millis(50));
     }
 }

@@ -71,9 +71,9 @@ impl Stopped {
         self.0.iter().all(|pid| is_stopped(&file_of(*pid, "stat")))
     }
 
-    /// Whether a signal waits for each, which does not take it while it is stopped.
-    pub(crate) fn are_waited_for_by(&self, signal: Signal) -> bool {
-        self.0.iter().all(|pid| is_pending(*pid, signal))
+    /// Those that a signal waits for, which they do not take while they are stopped.
+    pub(crate) fn waited_for_by(&self, signal: Signal) -> usize {
+        self.0.iter().filter(|pid| is_pending(**pid, signal)).count()
     }
 }
 

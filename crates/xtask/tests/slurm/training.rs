@@ -1,12 +1,13 @@
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::cluster::{Cluster, Job};
+use crate::cluster::{Cluster, Job, programs, root};
 use crate::work::{folder_in, model};
 
 /// How far a number of an adapter may be from that of one process, of the largest of its tensor or of 1.
@@ -49,20 +50,25 @@ struct Training<'a> {
 impl<'a> Training<'a> {
     /// The same rows in each step, whatever the layout.
     fn new(cluster: &'a Cluster, layout: Layout) -> Self {
-        let folder = folder_in(cluster);
+        let training = Self::without_rows(cluster, layout, folder_in(cluster));
         let row = |n: usize| {
             json!({"example_id": n, "instruction": format!("Count to {n}."), "input": "",
                 "output": format!("One, two, and so on to {n}."), "meta_prompt": "Be good.\n\n### User\n"})
         };
         let rows: Vec<_> = (0..24).map(row).collect();
+        fs::write(training.path("sft.json"), serde_json::to_string(&rows).unwrap()).unwrap();
+        training
+    }
+
+    /// Its rows are still to be merged.
+    fn without_rows(cluster: &'a Cluster, layout: Layout, folder: TempDir) -> Self {
         let accumulation = MICRO_BATCHES / layout.dp;
         let settings = format!(
-            "[train]\nsource_max_len = 96\ntarget_max_len = 48\nmax_steps = {STEPS}\nsave_steps = {FIRST_SAVED}\n\
+            "[train]\nmeta_prompt_pattern = \"prompts/dromedary_*prompt_distill.txt\"\nsource_max_len = 96\ntarget_max_len = 48\nmax_steps = {STEPS}\nsave_steps = {FIRST_SAVED}\n\
              per_device_train_batch_size = 2\ngradient_accumulation_steps = {accumulation}\n\
              learning_rate = 1e-3\nlora_r = 4\nthreads = 1\ndevice = \"cpu\"\n"
         );
         fs::write(folder.path().join("settings.toml"), settings).unwrap();
-        fs::write(folder.path().join("sft.json"), serde_json::to_string(&rows).unwrap()).unwrap();
         Self { cluster, folder, layout }
     }
 
@@ -186,13 +192,14 @@ fn step_3_trains_on_both_nodes_what_one_process_trains() {
     }
 }
 
-/// A replica on each node, whose ranks save the same step and go on behind it.
+/// A replica on each node, whose ranks save the same step and go on behind it. Slurm sends its signal not
+/// before 70 s, when the ranks listen to it and the first of them has stopped.
 #[test]
 #[ignore = "needs Slurm: cargo xtask test --slurm"]
 fn a_training_whose_time_is_nearly_over_goes_back_into_the_queue_and_finishes() {
     let cluster = Cluster::start();
     let training = Training::new(&cluster, Layout { dp: 2, tp: 2 });
-    let job = training.submit_to_stop_in_a_save(&["--time=00:01:00", "--signal=USR1@50"], &[]);
+    let job = training.submit_to_stop_in_a_save(&["--time=00:02:00", "--signal=USR1@50"], &[]);
     cluster.go_on_when_told(&job.stopped(1), Signal::USR1);
     let states = job.complete();
     assert_ne!(states[0]["Restarts"], "0", "{}", job.log());
@@ -220,4 +227,47 @@ fn a_training_that_was_put_back_often_enough_stays_stopped() {
     assert!((FIRST_SAVED..STEPS).contains(&made), "{made} steps");
     training.submit(&[], &[]).complete();
     training.assert_equal_to(&training.by_itself());
+}
+
+/// Programs of step 3, of which the one stops before it begins, when it is started for the first time.
+fn stopping_before(program: &str, notes: &Path) -> TempDir {
+    let folder = tempfile::tempdir_in(notes).unwrap();
+    for name in ["step2-self-align", "step3-principle-engraving", "llama"] {
+        let stop = format!("mkdir '{}/begun' && kill -STOP $$\n", notes.display());
+        let stop = if name == program { stop.as_str() } else { "" };
+        let path = folder.path().join(name);
+        let run = programs().join(name);
+        fs::write(&path, format!("#!/bin/sh\n{stop}exec {} \"$@\"\n", run.display())).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    folder
+}
+
+/// What is done by one task, before the training and behind it, hears of the end as well. The folder has a
+/// name that would be a pattern of other ones.
+#[test]
+#[ignore = "needs Slurm: cargo xtask test --slurm"]
+fn a_merge_whose_time_is_nearly_over_goes_back_into_the_queue() {
+    let cluster = Cluster::start();
+    for program in ["step2-self-align", "llama"] {
+        let folder =
+            tempfile::Builder::new().prefix("a [b]*").tempdir_in(cluster.folder()).unwrap();
+        let training = Training::without_rows(&cluster, Layout::ONE, folder);
+        let answers = root().join("dummy_data/aligned.jsonl");
+        fs::copy(answers, training.path("aligned.jsonl")).unwrap();
+        let config = training.path("step2.toml");
+        fs::write(&config, "[merge-and-filter]\nallow_unfinished = true\n").unwrap();
+        let notes = folder_in(&cluster);
+        let programs = stopping_before(program, notes.path());
+        let settings = [("BIN_DIR", programs.path()), ("STEP2_CONFIG", config.as_path())];
+        let settings = settings.map(|(name, path)| (name, path.to_str().unwrap()));
+        let job = training.submit(&["--ntasks-per-node=2"], &settings);
+        let task = job.stopped(1);
+        cluster.run("scancel", &["--signal=USR1", &job.id]);
+        cluster.go_on_when_told(&task, Signal::USR1);
+        let states = job.complete();
+        assert_eq!(states[0]["Restarts"], "1", "{}", job.log());
+        let merged = training.path("model").display().to_string();
+        cluster.run("llama", &["inspect", "--verify", "--checkpoint", &merged]);
+    }
 }
