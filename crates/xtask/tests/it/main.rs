@@ -8,3 +8,4 @@ mod machine;
 mod pages;
 mod rust_version;
 mod setup;
+mod slurm_page;

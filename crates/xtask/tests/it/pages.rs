@@ -6,7 +6,7 @@ use serde_json::Value;
 use xtask::browser::{self, Shown};
 
 /// The program of a stage, which is built beside this test.
-fn program(name: &str) -> Command {
+pub(crate) fn program(name: &str) -> Command {
     let test = std::env::current_exe().unwrap();
     let folder = test.ancestors().nth(2).unwrap();
     assert!(folder.join(name).is_file(), "{name} is built with `cargo build --workspace`");

@@ -39,3 +39,13 @@ fn rust_version_is_the_highest_among_the_dependencies() {
     }
     assert!(told(true).count() > 10, "every package of the workspace says its rust-version");
 }
+
+#[test]
+fn the_pages_for_newcomers_name_it() {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+    let asked = format!("Rust {} or later", env!("CARGO_PKG_RUST_VERSION"));
+    for page in ["README.md", "slurm/README.md"] {
+        let text = std::fs::read_to_string(format!("{root}/{page}")).unwrap();
+        assert!(text.contains(&asked), "{page} does not say `{asked}`");
+    }
+}
