@@ -21,9 +21,18 @@ pub fn run(program: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
     let word = if code == STOPPED { "" } else { "error: " };
     crate::logging::around_progress(|| {
         // Nobody is left to be told when stderr is closed.
-        let _ = writeln!(io::stderr(), "{word}{error:#}");
+        let _ = writeln!(io::stderr(), "{word}{}", said_once(&error));
     });
     ExitCode::from(code)
+}
+
+/// An error with its causes, as `{:#}` has them, but for those that an error above has in its own message.
+fn said_once(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |said, cause| match said {
+        said if said.is_empty() => cause,
+        said if said.ends_with(&cause) => said,
+        said => format!("{said}: {cause}"),
+    })
 }
 
 /// Where `ulimit -f` binds, a write is to fail as on a full disk; unhandled, the signal would end
@@ -55,6 +64,20 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
 mod tests {
     use super::*;
     use anyhow::{Context, anyhow};
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let io = || io::Error::other("no such file");
+        let told = Error::ReadConfig { path: "x.toml".into(), source: io() };
+        let error = anyhow::Error::from(told).context("training");
+        assert_eq!(said_once(&error).matches("no such file").count(), 1, "{error:#}");
+        assert!(said_once(&error).starts_with("training: "));
+        assert_eq!(
+            said_once(&anyhow!(io()).context("x.toml: no such file")),
+            "x.toml: no such file"
+        );
+        assert_eq!(said_once(&anyhow!(io()).context("x.toml")), "x.toml: no such file");
+    }
 
     #[test]
     fn the_chain_decides_the_code() {

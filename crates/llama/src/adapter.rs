@@ -15,6 +15,7 @@ use crate::{
     checkpoint::{Dtype, SafetensorsWriter, TensorFile, TensorSpec, linear_shapes},
     config::LlamaConfig,
     error::{Error, Result},
+    plan::Shard,
 };
 
 const CONFIG: &str = "adapter_config.json";
@@ -312,12 +313,16 @@ impl AdapterFile {
     /// # Errors
     /// [`Error::NoSuchTensor`], [`Error::NonFinite`], [`Error::Io`].
     pub fn read(&self, module: &str) -> Result<LoraPair> {
-        let whole = |key: &str| {
-            let name = factor_name(module, key);
-            let rows = self.file.entry(&name)?.shape[0];
-            self.file.read_rows(&name, 0..rows)
-        };
+        let whole = |key| self.read_factor(module, key, &Shard::Replicated);
         Ok(LoraPair { lora_a: whole("lora_A")?, lora_b: whole("lora_B")? })
+    }
+
+    /// One rank's part of a module's factor, `lora_A` or `lora_B`, in the data type that it is stored in.
+    ///
+    /// # Errors
+    /// As [`AdapterFile::read`], and [`Error::ShardMismatch`] for a factor of another shape.
+    pub fn read_factor(&self, module: &str, factor: &str, shard: &Shard) -> Result<Tensor> {
+        self.file.read_slice(&factor_name(module, factor), shard)
     }
 
     /// Checks that the adapter belongs to a model of this configuration: it has all target modules

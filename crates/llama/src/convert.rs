@@ -120,7 +120,9 @@ fn to_hf(
         CheckpointWriter::create(&options.output, meta.specs(), options.max_shard_size)?;
     let config = format!("{:#}\n", meta.hf_config());
     writer.add_file("config.json", config.as_bytes())?;
-    writer.add_tokenizer(&options.checkpoint, options.tokenizer.as_deref())?;
+    for path in [Some(&options.checkpoint), options.tokenizer.as_ref()].into_iter().flatten() {
+        writer.copy_tokenizer(path)?;
+    }
     let order = writer.order().to_vec();
     let meter = Meter::new(progress);
     for spec in &order {

@@ -61,7 +61,7 @@ mod shard;
 pub use adapter::{Adapter, AdapterFile, AdapterWriter, LoraConfig, LoraPair};
 pub use checkpoint::{
     Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_SIZE, Dtype, Outline, ReadCounters,
-    SafetensorsWriter, TensorSpec, Written,
+    SafetensorsWriter, TensorFile, TensorSpec, Written,
 };
 pub use closed_form::{AttentionState, ClosedForm, HalfGradients, LayerPass, MlpState};
 pub use config::{LlamaConfig, RopeScaling, check_tokenizer, eos_token_ids};

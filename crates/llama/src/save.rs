@@ -28,6 +28,8 @@ pub struct SaveOptions {
     pub replace: bool,
     /// Folder of a checkpoint whose configuration, tokenizer and licence are copied.
     pub companions: PathBuf,
+    /// The tokenizer, a file or a folder, where it is not the one of that checkpoint.
+    pub tokenizer: Option<PathBuf>,
     /// Largest weight file in bytes.
     pub max_shard_size: u64,
 }
@@ -36,7 +38,8 @@ impl SaveOptions {
     /// Files as large as Hugging Face's tools write them.
     pub fn new(output: impl Into<PathBuf>, companions: impl Into<PathBuf>) -> Self {
         let (output, companions) = (output.into(), companions.into());
-        Self { output, replace: false, companions, max_shard_size: DEFAULT_MAX_SHARD_SIZE }
+        let max_shard_size = DEFAULT_MAX_SHARD_SIZE;
+        Self { output, replace: false, companions, tokenizer: None, max_shard_size }
     }
 
     fn begin(&self, tensors: &[TensorSpec]) -> Result<CheckpointWriter> {
@@ -46,6 +49,7 @@ impl SaveOptions {
             false => CheckpointWriter::create(output, tensors, self.max_shard_size)?,
         };
         writer.copy_companions(&self.companions)?;
+        self.tokenizer.as_ref().map_or(Ok(()), |path| writer.copy_tokenizer(path))?;
         if self.companions.join("config.json").is_file() {
             writer.add_file("config.json", &plain_config(&self.companions)?)?;
         }

@@ -101,9 +101,22 @@ fn end_job_on_panic(rank: usize) {
 
 /// Number of lower ranks on the same node.
 fn local_rank(world: &dyn Communicator) -> Result<usize> {
+    Ok(same_machine(world)?.into_iter().take(world.rank()).filter(|same| *same).count())
+}
+
+/// Number of ranks on this rank's machine, itself among them. Every rank must call this.
+///
+/// # Errors
+/// A rank is gone.
+pub fn ranks_of_machine(world: &dyn Communicator) -> Result<usize> {
+    Ok(same_machine(world)?.into_iter().filter(|same| *same).count())
+}
+
+/// Of each rank, whether it is on this rank's machine.
+fn same_machine(world: &dyn Communicator) -> Result<Vec<bool>> {
     let host = host::name();
     let hosts = world.all_gather_bytes(host.as_bytes())?;
-    Ok(hosts.iter().take(world.rank()).filter(|other| **other == *host.as_bytes()).count())
+    Ok(hosts.iter().map(|other| *other == *host.as_bytes()).collect())
 }
 
 impl Launch {

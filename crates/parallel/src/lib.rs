@@ -49,7 +49,7 @@ pub use dims::ParallelDims;
 pub use error::{Error, Result};
 pub use fault::fault_point;
 pub use guarded::Guarded;
-pub use launch::{Launch, launch};
+pub use launch::{Launch, launch, ranks_of_machine};
 pub use mpi_communicator::Mpi;
 pub use nccl::{NcclLibraries, join_nccl};
 pub use single::SingleProcess;

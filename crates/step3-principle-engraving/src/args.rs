@@ -63,7 +63,7 @@ pub struct TrainArgs {
     /// [default: 1024].
     #[arg(long, value_name = "TOKENS")]
     pub source_max_len: Option<usize>,
-    /// Tokens of a target; longer ones lose their end [default: 256].
+    /// Tokens of a target, EOS among them; longer ones lose their end [default: 256].
     #[arg(long, value_name = "TOKENS")]
     pub target_max_len: Option<usize>,
     /// Use the first rows only.
@@ -94,7 +94,7 @@ pub struct TrainArgs {
     /// Steps between held-out losses [default: 500].
     #[arg(long, value_name = "STEPS")]
     pub eval_steps: Option<u64>,
-    /// Rows of a held-out batch [default: 8].
+    /// Rows of a held-out batch at most, which has no more tokens than one of training [default: 8].
     #[arg(long, value_name = "ROWS")]
     pub per_device_eval_batch_size: Option<usize>,
 
@@ -143,8 +143,8 @@ pub struct TrainArgs {
     /// Passes over the rows [default: 1].
     #[arg(long, value_name = "N")]
     pub num_train_epochs: Option<f64>,
-    /// Optimizer steps; wins over --num-train-epochs.
-    #[arg(long, value_name = "N")]
+    /// Optimizer steps; wins over --num-train-epochs, unless it is 0 or less.
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub max_steps: Option<i64>,
     /// Put rows of similar length into a batch [default: false].
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
@@ -167,7 +167,7 @@ pub struct TrainArgs {
     /// Steps at the end over which wsd decays; wins over --decay-ratio.
     #[arg(long, value_name = "STEPS")]
     pub decay_steps: Option<u64>,
-    /// Decoupled weight decay of AdamW [default: 0].
+    /// Decoupled weight decay of AdamW, of matrices but not of the norms' weights [default: 0].
     #[arg(long, value_name = "DECAY")]
     pub weight_decay: Option<f64>,
     /// Global norm that gradients are clipped to, 0 for no clipping [default: 0.3].
@@ -177,7 +177,8 @@ pub struct TrainArgs {
     /// [default: recompute].
     #[arg(long, value_name = "MODE", conflicts_with = "gradient_checkpointing")]
     pub activations: Option<ActivationsMode>,
-    /// Memory that `--activations auto` fits into, such as 8GB [default: 90 % of what is free].
+    /// Memory that `--activations auto` fits into on each rank, such as 8GB [default: 90 % of what is free,
+    /// divided by the ranks of the machine].
     #[arg(long, value_name = "SIZE")]
     pub max_memory: Option<ByteSize>,
     /// Dromedary's switch for --activations: True is `recompute`, False is `keep`.

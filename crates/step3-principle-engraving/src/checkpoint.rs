@@ -11,16 +11,16 @@ use std::{
 };
 
 use dromedary_files::{AtomicDir, Manifest};
-use dromedary_llama::{Adapter, Dtype, SafetensorsWriter, TensorSpec};
+use dromedary_llama::{AdapterFile, Dtype, SafetensorsWriter, Shard, TensorFile, TensorSpec};
 use dromedary_parallel::fault_point;
-use safetensors::SafeTensors;
+use dromedary_torch_ext::release_free_memory;
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::{
     error::{Error, Result},
-    optimizer::Entry,
-    publish::ADAPTER_DIR,
+    optimizer::{Entry, Held},
+    publish::{ADAPTER_DIR, MODEL_DIR},
     ranks::Ranks,
     trained::Trained,
     trainer::Position,
@@ -32,8 +32,6 @@ const TRASH: &str = ".trash";
 const LEAST_GOOD: usize = 2;
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const STATE_FILE: &str = "trainer_state.json";
-/// PyTorch's names for the first and the second moment.
-const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
 
 /// What a checkpoint says of the run besides tensors.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,38 +104,27 @@ fn write(path: &Path, trained: &Trained, state: &TrainerState, ranks: &Ranks<'_>
     Ok(())
 }
 
-/// Reads a checkpoint into `trained`, of which each rank takes its part, and returns where the run stood.
+/// Reads a checkpoint that one rank has verified into `trained`, and returns where the run stood. Each rank
+/// reads its part, a tensor at a time: it holds nothing twice.
 ///
 /// # Errors
-/// If a file is missing, damaged or of another run; the file or the difference is named.
+/// If a file is missing or of another run; the file or the difference is named.
 pub(crate) fn load(
     path: &Path,
     trained: &mut Trained,
     config_hash: &str,
     ranks: &Ranks<'_>,
 ) -> Result<Position> {
-    verify(path)?;
     let state = read_state(path)?;
     check_run(path, &state, config_hash, ranks)?;
-    let adapter = if trained.trains_weights() { None } else { Some(Adapter::open(path)?) };
-    let bytes = read(&path.join(OPTIMIZER_FILE))?;
-    let file = SafeTensors::deserialize(&bytes)
-        .map_err(|error| damaged(path, format!("{OPTIMIZER_FILE}: {error}")))?;
-    let states = trained
-        .optimizer
-        .entries()
-        .iter()
-        .map(|entry| {
-            let value = match &adapter {
-                Some(adapter) => value_of(adapter, &entry.name)
-                    .ok_or_else(|| damaged(path, format!("the adapter lacks {}", entry.name)))?,
-                None => read_tensor(&file, &entry.name, path)?,
-            };
-            let moment = |kind: &str| read_tensor(&file, &format!("{}.{kind}", entry.name), path);
-            Ok([value, moment(MOMENTS[0])?, moment(MOMENTS[1])?])
-        })
-        .collect::<Result<Vec<_>>>()?;
-    trained.restore(&states, state.updates)?;
+    let adapter = (!trained.trains_weights()).then(|| AdapterFile::open(path)).transpose()?;
+    let file = TensorFile::open(&path.join(OPTIMIZER_FILE))?;
+    trained.restore(state.updates, |entry, held, shard| match (held, &adapter) {
+        (Held::Value, Some(adapter)) => value_of(adapter, &entry.name, shard)?
+            .ok_or_else(|| damaged(path, format!("the adapter lacks {}", entry.name))),
+        _ => Ok(file.read_slice(&name_of(entry, held), shard)?),
+    })?;
+    release_free_memory();
     Ok(state.position)
 }
 
@@ -156,21 +143,15 @@ fn check_run(
         }
         return Ok(());
     }
-    let hint = match written == now {
-        true => String::new(),
-        false => format!(
-            "; it was written at {}, and at {} the rows of a step, --per-device-train-batch-size x \
-             --gradient-accumulation-steps x dp, must be as many",
-            layout(written),
-            layout(now)
-        ),
-    };
     Err(damaged(
         path,
         format!(
             "it belongs to a run with other settings or data (hash {}, this run has {config_hash}); \
-             give another --output-dir, or --resume never{hint}",
-            state.config_hash
+             give another --output-dir, or --resume never; it was written at {}, and this run is at {}: \
+             --per-device-train-batch-size must be the same, and --gradient-accumulation-steps x dp",
+            state.config_hash,
+            layout(written),
+            layout(now)
         ),
     ))
 }
@@ -191,6 +172,21 @@ pub(crate) fn newest(output_dir: &Path) -> Result<Option<PathBuf>> {
         }
     }
     last_error.map_or(Ok(None), Err)
+}
+
+/// The newest checkpoint of `output_dir` that is whole, or `other`, where that is of a later step or the
+/// folder has none.
+///
+/// # Errors
+/// As [`newest`], or if `other` is damaged.
+pub(crate) fn newest_or(output_dir: &Path, other: &Path) -> Result<PathBuf> {
+    let newest = newest(output_dir)?;
+    // Rotation may have removed it.
+    let of_other = read_state(other).map_or(0, |state| state.position.step);
+    match newest {
+        Some(newest) if read_state(&newest)?.position.step >= of_other => Ok(newest),
+        _ => verify(other).map(|()| other.to_owned()),
+    }
 }
 
 /// Removes the oldest checkpoints until `keep` are left. Where fewer than two of these are whole,
@@ -225,8 +221,8 @@ fn discard(step: u64, path: &Path) -> Result<()> {
     fs::remove_dir_all(&trash).map_err(io)
 }
 
-/// Removes what killed runs left: checkpoints and adapters that were never complete, and complete
-/// ones that were on their way out. The caller holds the folder's lock.
+/// Removes what killed runs left: checkpoints, adapters and models that were never complete, and
+/// checkpoints that were on their way out. The caller holds the folder's lock.
 ///
 /// # Errors
 /// If a folder cannot be removed.
@@ -236,9 +232,11 @@ pub(crate) fn sweep(output_dir: &Path) -> Result<()> {
         let entry = entry.map_err(io)?;
         let name = entry.file_name();
         let Some(name) = name.to_str() else { continue };
-        let torn = name.strip_prefix('.').is_some_and(|name| {
-            (name.starts_with(PREFIX) || name.starts_with(ADAPTER_DIR)) && name.ends_with(".tmp")
-        });
+        let is_ours = |name: &str| {
+            let (target, _) = name.split_once('.').unwrap_or_default();
+            target.starts_with(PREFIX) || [ADAPTER_DIR, MODEL_DIR].contains(&target)
+        };
+        let torn = name.ends_with(".tmp") && name.strip_prefix('.').is_some_and(is_ours);
         let rotated = name.starts_with(PREFIX) && name.ends_with(TRASH);
         if torn {
             tracing::warn!("{} was never complete: removed", entry.path().display());
@@ -292,7 +290,11 @@ fn steps(output_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
-fn verify(path: &Path) -> Result<()> {
+/// Compares all files of a checkpoint with its manifest.
+///
+/// # Errors
+/// If one is missing or damaged; it is named.
+pub(crate) fn verify(path: &Path) -> Result<()> {
     let manifest = Manifest::read(path)?;
     Ok(manifest.verify(path)?)
 }
@@ -310,12 +312,25 @@ fn damaged(path: &Path, message: String) -> Error {
     Error::Checkpoint { path: path.to_owned(), message }
 }
 
-/// The value of an optimizer's entry in an adapter.
-pub(crate) fn value_of(adapter: &Adapter, entry: &str) -> Option<Tensor> {
-    let (module, matrix) = entry.rsplit_once('.')?;
-    let pair = adapter.tensors.get(module)?;
-    let value = if matrix == "lora_A" { &pair.lora_a } else { &pair.lora_b };
-    Some(value.shallow_clone())
+/// A rank's part of the value of an optimizer's entry in an adapter, which may not have it.
+pub(crate) fn value_of(
+    adapter: &AdapterFile,
+    entry: &str,
+    shard: &Shard,
+) -> Result<Option<Tensor>> {
+    let factor = entry.rsplit_once('.').filter(|(module, _)| adapter.has(module));
+    let read = |(module, factor)| Ok(adapter.read_factor(module, factor, shard)?);
+    factor.map(read).transpose()
+}
+
+/// A tensor's name in the optimizer's file, with PyTorch's for the moments.
+fn name_of(entry: &Entry, held: Held) -> String {
+    let name = &entry.name;
+    match held {
+        Held::Value => name.clone(),
+        Held::ExpAvg => format!("{name}.exp_avg"),
+        Held::ExpAvgSq => format!("{name}.exp_avg_sq"),
+    }
 }
 
 /// Writes the moments of all entries, and their values where weights are trained, on the rank that has
@@ -325,17 +340,12 @@ fn write_states(
     trained: &Trained,
     ranks: &Ranks<'_>,
 ) -> Result<()> {
-    let kinds = ["", MOMENTS[0], MOMENTS[1]];
     // An adapter has the values in a file of its own.
-    let written = usize::from(!trained.trains_weights())..kinds.len();
-    let name = |entry: &Entry, kind: usize| match kinds[kind] {
-        "" => entry.name.clone(),
-        kind => format!("{}.{kind}", entry.name),
-    };
+    let is_written = |held: &Held| trained.trains_weights() || *held != Held::Value;
     let entries = trained.optimizer.entries();
     let specs = entries.iter().enumerate().flat_map(|(index, entry)| {
-        written.clone().map(move |kind| TensorSpec {
-            name: name(entry, kind),
+        Held::ALL.into_iter().filter(is_written).map(move |held| TensorSpec {
+            name: name_of(entry, held),
             dtype: Dtype::F32,
             shape: trained.whole_shape(index),
         })
@@ -349,19 +359,11 @@ fn write_states(
     for (index, entry) in entries.iter().enumerate() {
         let state = trained.whole_state(index, ranks)?;
         let Some((writer, state)) = writer.as_mut().zip(state) else { continue };
-        for kind in written.clone() {
-            writer.append(&name(entry, kind), &state[kind])?;
+        for (held, tensor) in Held::ALL.into_iter().zip(&state) {
+            if is_written(&held) {
+                writer.append(&name_of(entry, held), tensor)?;
+            }
         }
     }
     writer.map_or(Ok(()), |writer| Ok(writer.finish().map(drop)?))
-}
-
-fn read_tensor(file: &SafeTensors<'_>, name: &str, path: &Path) -> Result<Tensor> {
-    let view =
-        file.tensor(name).map_err(|error| damaged(path, format!("{OPTIMIZER_FILE}: {error}")))?;
-    if view.dtype() != safetensors::Dtype::F32 {
-        return Err(damaged(path, format!("{OPTIMIZER_FILE}: {name} is {:?}", view.dtype())));
-    }
-    let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
-    Ok(Tensor::f_from_data_size(view.data(), &shape, Kind::Float)?)
 }

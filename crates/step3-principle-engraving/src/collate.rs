@@ -14,18 +14,19 @@ use crate::{args::LearnedTurns, dataset::SourceTarget};
 pub struct CollateConfig {
     /// Tokens of a source, counted with BOS; longer ones lose their beginning.
     pub source_max_len: usize,
-    /// Tokens of a target; longer ones lose their end.
+    /// Tokens of a target, counted with EOS; longer ones lose their end.
     pub target_max_len: usize,
     /// Learn the source's tokens too.
     pub train_on_source: bool,
-    /// End a target that was not truncated with EOS.
+    /// End a target with EOS, which is the first to be cut off.
     pub add_eos_to_target: bool,
     /// Which turns of a conversation are learned.
     pub learned_turns: LearnedTurns,
 }
 
 impl CollateConfig {
-    /// Tokens of a conversation whose turns are learned wherever they stand; longer ones lose their end.
+    /// Tokens of a conversation whose turns are learned wherever they stand, counted with EOS; longer ones
+    /// lose their end.
     pub fn conversation_max_len(&self) -> usize {
         self.source_max_len + self.target_max_len
     }
@@ -128,7 +129,7 @@ impl Sides {
         Self::cut(source, target, eos, tokenizer, config)
     }
 
-    /// Cuts a source on the left and a target on the right; `eos` follows a target that is whole.
+    /// Cuts a source on the left, and a target with the `eos` behind it on the right.
     pub(crate) fn cut(
         mut source: Vec<u32>,
         mut target: Vec<u32>,
@@ -143,11 +144,10 @@ impl Sides {
             source.len().saturating_sub(config.source_max_len).min(source.len() - num_bos);
         source.drain(num_bos..num_bos + truncated_left);
 
+        // EOS counts, as in Dromedary, which wrote it behind the text and cut the tokens of both.
+        target.extend(eos);
         let truncated_right = target.len().saturating_sub(config.target_max_len);
         target.truncate(config.target_max_len);
-        if truncated_right == 0 {
-            target.extend(eos);
-        }
         Self { source, target, truncated_left, truncated_right }
     }
 
@@ -169,6 +169,63 @@ impl Sides {
         let example = Example::new(example_id, input_ids, [learned]);
         let example = Example { truncated_left, truncated_right, ..example };
         Encoded { example, lengths, ends_in_stop_mark: ends && truncated_right == 0 }
+    }
+}
+
+/// What a micro-batch has at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchLimits {
+    /// Rows.
+    pub rows: usize,
+    /// Tokens of them together, T.
+    pub tokens: usize,
+    /// Learned ones of these, N.
+    pub targets: usize,
+}
+
+impl BatchLimits {
+    /// So many rows, however long they are.
+    pub fn of_rows(rows: usize) -> Self {
+        Self { rows, tokens: usize::MAX, targets: usize::MAX }
+    }
+
+    /// What the `rows` longest of `examples` have together.
+    pub fn of_longest(examples: &[Example], rows: usize) -> Self {
+        let mut longest: Vec<_> =
+            examples.iter().map(|row| (row.input_ids.len(), row.num_targets())).collect();
+        longest.sort_unstable_by(|a, b| b.cmp(a));
+        longest.truncate(rows);
+        let tokens = longest.iter().map(|&(tokens, _)| tokens).sum();
+        Self { rows, tokens, targets: longest.iter().map(|&(_, targets)| targets).sum() }
+    }
+
+    /// Wide enough for each of `examples` alone.
+    pub fn and_each_of(self, examples: &[Example]) -> Self {
+        examples.iter().fold(self, |limits, row| Self {
+            tokens: limits.tokens.max(row.input_ids.len()),
+            targets: limits.targets.max(row.num_targets()),
+            ..limits
+        })
+    }
+
+    /// The rows in their order, as many together as the limits allow, and at least one.
+    pub(crate) fn cut(self, examples: &[Example]) -> Vec<&[Example]> {
+        let mut cut = Vec::new();
+        let (mut start, mut tokens, mut targets) = (0, 0, 0);
+        for (index, row) in examples.iter().enumerate() {
+            tokens += row.input_ids.len();
+            targets += row.num_targets();
+            let fits =
+                index - start < self.rows && tokens <= self.tokens && targets <= self.targets;
+            if !fits && index > start {
+                cut.push(&examples[start..index]);
+                (start, tokens, targets) = (index, row.input_ids.len(), row.num_targets());
+            }
+        }
+        if start < examples.len() {
+            cut.push(&examples[start..]);
+        }
+        cut
     }
 }
 
@@ -310,9 +367,15 @@ pub(crate) mod tests {
         assert_eq!((&ended.input_ids, learn_from(&ended)), (&expected, learn_from(&plain)));
         assert_eq!(ended.num_targets(), plain.num_targets() + 1);
 
-        let cut = encode(&row, &tokenizer, &CollateConfig { target_max_len: 5, ..with_eos });
-        assert_eq!(cut.input_ids, plain.input_ids[..learn_from(&plain) + 5]);
-        assert_eq!(cut.truncated_right, plain.num_targets() - 5);
+        let cut = |target_max_len| {
+            encode(&row, &tokenizer, &CollateConfig { target_max_len, ..with_eos.clone() })
+        };
+        assert_eq!(cut(5).input_ids, plain.input_ids[..learn_from(&plain) + 5]);
+        assert_eq!(cut(5).truncated_right, plain.num_targets() + 1 - 5);
+        // EOS has a place of its own among them.
+        assert_eq!(cut(plain.num_targets() + 1), ended);
+        let without = Example { truncated_right: 1, ..plain.clone() };
+        assert_eq!(cut(plain.num_targets()), without);
     }
 
     #[test]
@@ -339,6 +402,29 @@ pub(crate) mod tests {
             assert_eq!(learn_from(&cut), source_max_len);
             assert_eq!(cut.truncated_left, source.len() - source_max_len);
         }
+    }
+
+    #[test]
+    fn rows_are_cut_where_a_limit_is_met_and_each_is_there_once() {
+        let row = |id: u64, length: usize, targets: usize| {
+            Example::learned_from(id, vec![7; length], length - targets)
+        };
+        let examples = [(6, 1), (4, 1), (9, 2), (3, 2), (3, 1), (20, 9), (2, 1), (2, 1)];
+        let examples: Vec<_> =
+            (0..).zip(examples).map(|(id, (length, targets))| row(id, length, targets)).collect();
+        let sizes = |limits: BatchLimits| -> Vec<usize> {
+            let cut = limits.cut(&examples);
+            assert_eq!(cut.concat(), examples);
+            cut.iter().map(|rows| rows.len()).collect()
+        };
+        assert_eq!(sizes(BatchLimits::of_rows(3)), [3, 3, 2]);
+        assert_eq!(sizes(BatchLimits { rows: 3, tokens: 12, targets: 9 }), [2, 2, 1, 1, 2]);
+        assert_eq!(sizes(BatchLimits { rows: 8, tokens: 99, targets: 3 }), [2, 1, 2, 1, 2]);
+        let longest = BatchLimits::of_longest(&examples[..5], 2);
+        assert_eq!(longest, BatchLimits { rows: 2, tokens: 15, targets: 3 });
+        let wide = longest.and_each_of(&examples);
+        assert_eq!(wide, BatchLimits { rows: 2, tokens: 20, targets: 9 });
+        assert!(wide.cut(&[]).is_empty());
     }
 
     #[test]

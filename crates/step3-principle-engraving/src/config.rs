@@ -32,6 +32,25 @@ pub enum Resume {
     Never,
     /// At this checkpoint.
     From(PathBuf),
+    /// At the newest complete checkpoint of the output folder, or at this one where none is newer.
+    NewestOr(PathBuf),
+}
+
+impl Resume {
+    /// Where a job goes on that the batch system has started so many times again: wherever the user had it
+    /// start, it is to go on from what it has done.
+    pub fn after_restarts(self, count: u32) -> Self {
+        match self {
+            resume if count == 0 => resume,
+            Self::Auto | Self::Never => Self::Auto,
+            Self::From(path) | Self::NewestOr(path) => Self::NewestOr(path),
+        }
+    }
+
+    /// Whether a run that is started once more with this setting goes on from its own checkpoints.
+    pub(crate) fn goes_on(&self) -> bool {
+        matches!(self, Self::Auto | Self::NewestOr(_))
+    }
 }
 
 /// Settings of a run without a missing value. Relations between them have been checked.
@@ -155,8 +174,8 @@ impl TrainArgs {
         if self.evaluation_strategy == Some(EvaluationStrategy::Steps) {
             default!(eval_steps = 500);
         }
-        // An adapter to start from brings its own.
-        if self.adapter.is_none() {
+        // An adapter to start from brings its own, and weights need none.
+        if self.adapter.is_none() && self.full_finetune != Some(true) {
             default!(lora_r = 64, lora_alpha = 16.0);
             if self.lora_modules.is_empty() {
                 self.lora_modules.push("all".to_owned());
@@ -205,7 +224,7 @@ impl TryFrom<TrainArgs> for TrainConfig {
             },
             num_train_epochs: in_range(args.num_train_epochs, "num-train-epochs", 1e-9, 1e9)?,
             // HF's default of -1 means that the epochs decide.
-            max_steps: args.max_steps.and_then(|steps| u64::try_from(steps).ok()),
+            max_steps: args.max_steps.and_then(|steps| steps.try_into().ok()).filter(|&n| n > 0),
             schedule: schedule_config(&args)?,
             adamw: AdamWConfig {
                 weight_decay: in_range(args.weight_decay, "weight-decay", 0.0, 1e3)?,
@@ -336,6 +355,16 @@ fn check_switches(args: &TrainArgs) -> Result<(), CommandError> {
     if args.max_memory.is_some() && args.activations != Some(ActivationsMode::Auto) {
         return Err(CommandError::usage("--max-memory belongs to --activations auto"));
     }
+    check_contradictions(args)?;
+    let lora = [
+        ("--lora-r", args.lora_r.is_some()),
+        ("--lora-alpha", args.lora_alpha.is_some()),
+        ("--use-rslora", args.use_rslora.is_some()),
+        ("--lora-modules", !args.lora_modules.is_empty()),
+    ];
+    for (flag, _) in lora.iter().filter(|(_, given)| *given && args.full_finetune == Some(true)) {
+        tracing::warn!("{flag} is ignored: --full-finetune true trains no adapters");
+    }
     match args.bits {
         Some(4) if args.full_finetune == Some(true) => Err(CommandError::usage(
             "--bits 4: --full-finetune true trains all weights, and none stays in four bits",
@@ -351,7 +380,45 @@ fn check_switches(args: &TrainArgs) -> Result<(), CommandError> {
     }
 }
 
+/// Dromedary's switches must not say otherwise than our own flags, wherever each of them was given.
+fn check_contradictions(args: &TrainArgs) -> Result<(), CommandError> {
+    if (args.bf16, args.fp16) == (Some(true), Some(true)) {
+        return Err(CommandError::usage("--bf16 true and --fp16 true: give one of them"));
+    }
+    let dtype = args.dtype.as_deref().unwrap_or_default();
+    let activations = args.activations;
+    let starts_anew = args.resume.as_deref() == Some("never");
+    let contradictions = [
+        ("bf16", args.bf16 == Some(true) && dtype != "bf16", "dtype", dtype.to_owned()),
+        ("fp16", args.fp16 == Some(true) && dtype != "f16", "dtype", dtype.to_owned()),
+        (
+            "gradient-checkpointing",
+            args.gradient_checkpointing.is_some_and(|recomputes| match activations {
+                Some(ActivationsMode::Recompute) => !recomputes,
+                _ => recomputes || activations != Some(ActivationsMode::Keep),
+            }),
+            "activations",
+            format!("{activations:?}").to_lowercase(),
+        ),
+        (
+            "resume-from-training",
+            args.resume_from_training.is_some_and(|resumes| resumes == starts_anew),
+            "resume",
+            args.resume.clone().unwrap_or_default(),
+        ),
+    ];
+    match contradictions.into_iter().find(|(_, contradicts, ..)| *contradicts) {
+        None => Ok(()),
+        Some((switch, _, flag, value)) => Err(CommandError::usage(format!(
+            "--{switch} says otherwise than --{flag} {value}: give one of them, here or in the file"
+        ))),
+    }
+}
+
 fn lora_config(args: &TrainArgs, checkpoint: &Path) -> Result<LoraConfig, CommandError> {
+    if args.full_finetune == Some(true) {
+        return Ok(LoraConfig::default());
+    }
     let lora_dropout = in_range(args.lora_dropout, "lora-dropout", 0.0, MAX_DROPOUT)?;
     let base_model_name_or_path = Some(checkpoint.display().to_string());
     if let Some(path) = &args.adapter {

@@ -113,14 +113,13 @@ impl Conversation {
         config: &CollateConfig,
     ) -> Encoded {
         let Self { mut ids, mut turns, .. } = self;
-        let truncated_right = ids.len().saturating_sub(config.conversation_max_len());
-        ids.truncate(config.conversation_max_len());
-        let length = ids.len();
-        turns.retain(|turn| turn.tokens.start < length);
-        if let (0, Some(eos), Some(last)) = (truncated_right, eos, turns.last_mut()) {
+        if let Some((eos, last)) = eos.zip(turns.last_mut()) {
             ids.push(eos);
             *last = Turn { tokens: last.tokens.start..ids.len(), ends: true };
         }
+        let truncated_right = ids.len().saturating_sub(config.conversation_max_len());
+        ids.truncate(config.conversation_max_len());
+        turns.retain(|turn| turn.tokens.start < ids.len());
         let is_whole = |turn: &Turn| turn.ends && turn.tokens.end <= ids.len();
         let ends_in_stop_mark = turns.last().is_some_and(is_whole);
         let stretches = match learned {

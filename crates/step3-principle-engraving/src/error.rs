@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::formats::DatasetFormat;
+use crate::{formats::DatasetFormat, trainer::StepMetrics};
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
@@ -140,23 +140,31 @@ pub enum Error {
     },
     /// The loss or a gradient was not finite for several steps in a row.
     #[error(
-        "loss or gradients were not finite in {count} steps in a row, last at step {step} with example_ids {example_ids:?}"
+        "loss or gradients were not finite in {} steps in a row, up to step {}, whose example_ids are {example_ids:?}",
+        example_ids.len(),
+        last.step
     )]
     NotFinite {
-        /// How many steps in a row.
-        count: u32,
-        /// The last of these steps.
-        step: u64,
-        /// The rows of the last step.
-        example_ids: Vec<u64>,
+        /// The rows of each of these steps.
+        example_ids: Vec<Vec<u64>>,
+        /// What the last of them did.
+        last: Box<StepMetrics>,
     },
     /// The run was asked to stop; a checkpoint was written before.
-    #[error("stopped after step {step}; the next run goes on from {checkpoint}")]
+    #[error(
+        "stopped after step {step}; {} {checkpoint}",
+        match goes_on {
+            true => "the next run goes on from",
+            false => "the same flags would start elsewhere: --resume auto, as a job that Slurm requeues has it, goes on from",
+        }
+    )]
     Stopped {
         /// The last finished step.
         step: u64,
         /// Where the run can be taken up.
         checkpoint: PathBuf,
+        /// The same settings do so.
+        goes_on: bool,
     },
     /// The model, its checkpoint or an adapter was refused.
     #[error(transparent)]

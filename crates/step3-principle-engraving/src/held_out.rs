@@ -10,7 +10,7 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Tensor, no_grad};
 
 use crate::{
-    collate::{Example, MicroBatch},
+    collate::{BatchLimits, Example, MicroBatch},
     dataset::{DataConfig, Dataset},
     error::{Error, Result},
     half_block::{HalfBlock, Keep},
@@ -28,7 +28,8 @@ pub struct EvalConfig {
     pub rows: EvalRows,
     /// Rows at most.
     pub max_samples: Option<usize>,
-    /// Rows of a batch; the loss does not depend on it but for rounding.
+    /// Rows of a batch at most, which has no more tokens than one of training; the loss does not depend on
+    /// it but for rounding.
     pub batch_size: usize,
     /// When.
     pub every: EvalEvery,
@@ -109,22 +110,23 @@ fn draw(examples: Vec<Example>, count: usize, seed: u64) -> Result<(Vec<Example>
 }
 
 /// Mean of `-ln p` over all learned tokens of `examples`, without dropout and without a trace in
-/// the run: no random number is drawn, no gradient added. Replicas share the rows. Every rank must
-/// call this; all get the same.
+/// the run: no random number is drawn, no gradient added. It needs no memory of its own where
+/// `closed_form` is that of the training, and the micro-batches are as large at most. Replicas share the
+/// rows. Every rank must call this; all get the same.
 ///
 /// # Errors
 /// If memory runs out, or a rank fails.
 pub fn held_out_loss(
     model: &Llama,
+    closed_form: Option<&ClosedForm>,
     examples: &[Example],
-    batch_size: usize,
+    limits: BatchLimits,
     ranks: &Ranks<'_>,
 ) -> Result<f64> {
-    let closed_form = ClosedForm::of(model, false);
     let dp = ranks.dp();
     let mut sum = 0.0;
-    for rows in examples.chunks(batch_size).skip(dp.rank()).step_by(dp.world_size()) {
-        sum += summed_loss(model, closed_form.as_ref(), &MicroBatch::new(rows), ranks.tp())?;
+    for rows in limits.cut(examples).into_iter().skip(dp.rank()).step_by(dp.world_size()) {
+        sum += summed_loss(model, closed_form, &MicroBatch::new(rows), ranks.tp())?;
     }
     let mut sum = Tensor::from_slice(&[sum]);
     dp.all_reduce_sum(&mut sum)?;

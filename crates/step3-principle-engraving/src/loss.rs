@@ -64,7 +64,10 @@ pub fn head_loss(
     let learned = hidden.index_select(0, &predict_at).detach().set_requires_grad(true); // (N, C)
     let normed = model.final_norm(&learned); // (N, C)
     let mut grad_normed = Tensor::f_zeros(normed.size(), (normed.kind(), device))?; // (N, C)
-    let mut grad_head = head.leaves.map(|[_, weight]| weight.f_zeros_like()).transpose()?; // (V, C)
+    // In f32 whatever the weight's kind: most of a head's gradient is less than f16 can tell from 0, and
+    // chunks are summed.
+    let zeros = |[_, weight]: [&Tensor; 2]| Tensor::f_zeros(weight.size(), (Kind::Float, device));
+    let mut grad_head = head.leaves.map(zeros).transpose()?; // (V, C)
 
     let chunk = logits_rows(model.config().vocab_size);
     let num_targets = batch.num_targets() as i64;

@@ -12,6 +12,7 @@ use dromedary_command::{
     Common, StopFlag, ignored_flags, init_logging, layered, parse, print_config, run,
     stop_or_requeue,
 };
+use dromedary_files::LockOptions;
 use dromedary_parallel::launch;
 use dromedary_principle_engraving::{
     DataConfig, Dataset, Error, Inspection, PlanArgs, PlanReport, Summary, TrainArgs, TrainConfig,
@@ -88,11 +89,27 @@ fn run_plan(common: &Common, args: PlanArgs) -> anyhow::Result<()> {
     Ok(stdout().write_all(text.as_bytes())?)
 }
 
+/// A job that Slurm has put back into the queue goes on, also where its flags say that it starts anew.
+fn of_this_start(config: TrainConfig) -> TrainConfig {
+    let count = LockOptions::from_env(false).restart_count;
+    let resume = config.resume.clone().after_restarts(count);
+    if resume != config.resume {
+        tracing::info!(
+            "SLURM_RESTART_COUNT is {count}: this job goes on from its newest checkpoint, and not as \
+             --resume says"
+        );
+    }
+    TrainConfig { resume, ..config }
+}
+
 fn run_train(common: &Common, args: TrainArgs) -> anyhow::Result<()> {
     let args = resolved(common, args)?;
     if common.print_config {
         return Ok(print_config("train", &args)?);
     }
+    // What is wrong with the settings is said before ranks are joined, which would make it a failure of the
+    // job; nobody hears warnings yet.
+    TrainConfig::try_from(args.clone())?;
     // Before any other call of libtorch: oneDNN asks for the number once.
     let threads = args.threads.or_else(|| thread::available_parallelism().ok().map(Into::into));
     tch::set_num_threads(threads.and_then(|threads| threads.try_into().ok()).unwrap_or(1));
@@ -101,7 +118,7 @@ fn run_train(common: &Common, args: TrainArgs) -> anyhow::Result<()> {
         let world = launch.world();
         init_logging(world.rank(), world.world_size(), common.verbosity());
         ignored_flags(&args.ignored)?;
-        let config = TrainConfig::try_from(args)?;
+        let config = of_this_start(TrainConfig::try_from(args)?);
         let ended = match train(&config, world, launch.local_rank(), &stop) {
             // No failure: all ranks have stopped, and leave the job together.
             Err(error @ Error::Stopped { .. }) => Err(error.to_string()),

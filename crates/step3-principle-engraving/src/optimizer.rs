@@ -31,7 +31,8 @@ pub struct AdamWConfig {
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub eps: f64,
-    /// Decoupled weight decay, times the learning rate.
+    /// Decoupled weight decay of matrices, times the learning rate; vectors, which are the weights of norms,
+    /// do not decay, as in Hugging Face's `Trainer`.
     pub weight_decay: f64,
     /// Gradients are scaled down to this global norm; 0 leaves them as they are.
     pub max_grad_norm: f64,
@@ -81,6 +82,22 @@ impl From<AdamWConfig> for OptimizerConfig {
     fn from(adamw: AdamWConfig) -> Self {
         Self { adamw, share: Share::ALL, bucket: BUCKET }
     }
+}
+
+/// What an optimizer holds of a matrix, in PyTorch's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Held {
+    /// Its value.
+    Value,
+    /// The first moment.
+    ExpAvg,
+    /// The second moment.
+    ExpAvgSq,
+}
+
+impl Held {
+    /// In the order of [`FlatAdamW::state`].
+    pub const ALL: [Self; 3] = [Self::Value, Self::ExpAvg, Self::ExpAvgSq];
 }
 
 /// Where one matrix lives in the flat vectors.
@@ -179,6 +196,21 @@ impl FlatValues {
     /// The numbers of matrices that lie one behind the other.
     fn span(&self, entries: &Range<usize>) -> Range<i64> {
         self.entries[entries.start].range.start..self.entries[entries.end - 1].range.end
+    }
+
+    /// Those of the numbers in `own` that lie one behind the other and decay alike, with their decay.
+    fn runs_of_decay(&self, own: &Range<i64>, weight_decay: f64) -> Vec<(Range<i64>, f64)> {
+        let mut runs: Vec<(Range<i64>, f64)> = Vec::new();
+        for entry in &self.entries {
+            let here = overlap(own, &entry.range);
+            let decay = if entry.shape.len() > 1 { weight_decay } else { 0.0 };
+            match runs.last_mut() {
+                _ if here.is_empty() => {}
+                Some((run, of_run)) if *of_run == decay => run.end = here.end,
+                _ => runs.push((here, decay)),
+            }
+        }
+        runs
     }
 
     /// The optimizer of these values.
@@ -391,19 +423,20 @@ impl FlatAdamW {
         let updates = self.updates + 1;
         let AdamWConfig { beta1, beta2, eps, weight_decay, max_grad_norm } =
             self.values.config.adamw;
-        let config = AdamW { lr: learning_rate, beta1, beta2, eps, weight_decay };
         // As torch.nn.utils.clip_grad_norm_ has it, 1e-6 included.
         let clip = max_grad_norm / (grad_norm + 1e-6);
         if max_grad_norm > 0.0 && clip < 1.0 {
             let _ = no_grad(|| self.gradients.g_mul_scalar_(clip));
         }
         let Self { values, gradients, m, v, .. } = self;
-        let own = &m.range;
-        let parameter = &mut values.numbers.narrow(own)?;
-        let grad = &mut gradients.f_narrow(0, own.start, length(own))?;
-        let (exp_avg, exp_avg_sq) = (&mut m.numbers, &mut v.numbers);
-        let state = AdamWState { parameter, grad, exp_avg, exp_avg_sq };
-        no_grad(|| fused_adamw(state, updates, &config))?;
+        for (run, weight_decay) in values.runs_of_decay(&m.range, weight_decay) {
+            let config = AdamW { lr: learning_rate, beta1, beta2, eps, weight_decay };
+            let parameter = &mut values.numbers.narrow(&run)?;
+            let grad = &gradients.f_narrow(0, run.start, length(&run))?;
+            let (exp_avg, exp_avg_sq) = (&mut m.narrow(&run)?, &mut v.narrow(&run)?);
+            let state = AdamWState { parameter, grad, exp_avg, exp_avg_sq };
+            no_grad(|| fused_adamw(state, updates, &config))?;
+        }
         self.updates = updates;
         self.zero_grad();
         Ok(())
@@ -414,27 +447,22 @@ impl FlatAdamW {
         self.updates
     }
 
-    /// Puts a value in the place of matrix `index`'s: as much of it as is here.
+    /// Puts the numbers of a checkpoint in the place of matrix `index`'s: as much of them as is here.
     ///
     /// # Errors
     /// If the shape differs.
-    pub fn set_value(&mut self, index: usize, value: &Tensor) -> Result<()> {
-        self.values.numbers.put(&self.values.entries[index], value)
+    pub fn restore(&mut self, index: usize, held: Held, saved: &Tensor) -> Result<()> {
+        let part = match held {
+            Held::Value => &self.values.numbers,
+            Held::ExpAvg => &self.m,
+            Held::ExpAvgSq => &self.v,
+        };
+        part.put(&self.values.entries[index], saved)
     }
 
-    /// Takes over value and moments of every matrix from a checkpoint, in the order of
-    /// [`Self::entries`], after `updates` updates: as much of them as is here.
-    ///
-    /// # Errors
-    /// If a shape differs.
-    pub fn restore(&mut self, states: &[[Tensor; 3]], updates: u64) -> Result<()> {
-        for (entry, [value, m, v]) in self.values.entries.iter().zip(states) {
-            for (part, saved) in [(&self.values.numbers, value), (&self.m, m), (&self.v, v)] {
-                part.put(entry, saved)?;
-            }
-        }
+    /// Goes on behind so many updates, after everything was restored.
+    pub fn go_on_behind(&mut self, updates: u64) {
         self.updates = updates;
-        Ok(())
     }
 }
 
@@ -460,7 +488,7 @@ mod tests {
         let initial: Vec<(String, Tensor)> = values
             .iter()
             .enumerate()
-            .map(|(index, value)| (format!("p{index}"), Tensor::from_slice(value)))
+            .map(|(index, value)| (format!("p{index}"), Tensor::from_slice(value).unsqueeze(0)))
             .collect();
         FlatAdamW::new(config, &initial, Device::Cpu).unwrap()
     }
@@ -490,10 +518,38 @@ mod tests {
             let norm = optimizer.grad_norm();
             optimizer.step(0.05, norm).unwrap();
         }
-        let got = optimizer.parameter(1).double_value(&[0]);
+        let got = optimizer.parameter(1).double_value(&[0, 0]);
         assert!((got - reference(&config, 0.25, &gradients, 0.05)).abs() < 1e-6);
-        let untouched = optimizer.parameter(0).double_value(&[0]);
+        let untouched = optimizer.parameter(0).double_value(&[0, 0]);
         assert!((untouched - reference(&config, 1.5, &[0.0; 3], 0.05)).abs() < 1e-6);
+    }
+
+    /// Wherever the shares of replicas are cut.
+    #[test]
+    fn matrices_decay_and_weights_of_norms_do_not() {
+        let adamw = AdamWConfig { weight_decay: 0.1, max_grad_norm: 0.0, ..Default::default() };
+        let still = AdamWConfig { weight_decay: 0.0, ..adamw.clone() };
+        let shapes: [(&str, &[i64]); 4] =
+            [("norm", &[3]), ("q_proj", &[2, 2]), ("k_proj", &[1, 2]), ("last_norm", &[2])];
+        let initial = shapes.map(|(name, shape)| (name.to_owned(), Tensor::ones(shape, F32)));
+        let gradients = [0.3, -0.7];
+        for share in (0..3).map(|rank| Share { rank, ranks: 3 }).chain([Share::ALL]) {
+            let config = OptimizerConfig { share, ..adamw.clone().into() };
+            let mut optimizer = FlatAdamW::new(config, &initial, Device::Cpu).unwrap();
+            for gradient in gradients {
+                for (index, (_, shape)) in shapes.iter().enumerate() {
+                    optimizer.accumulate(index, &Tensor::full(*shape, gradient, F32));
+                }
+                optimizer.step(0.05, 0.0).unwrap();
+            }
+            let all = optimizer.joined(0..4, &[11]);
+            for place in share.of(11) {
+                let decays = (3..9).contains(&place);
+                let want = reference(if decays { &adamw } else { &still }, 1.0, &gradients, 0.05);
+                let got = all.double_value(&[place]);
+                assert!((got - want).abs() < 1e-6, "{share:?} {place}: {got}, not {want}");
+            }
+        }
     }
 
     #[test]
@@ -506,7 +562,7 @@ mod tests {
         let norm = optimizer.grad_norm();
         assert!((norm - 5.0).abs() < 1e-6);
         optimizer.step(1e6, norm).unwrap();
-        let moved = |index| optimizer.parameter(index).double_value(&[0]);
+        let moved = |index| optimizer.parameter(index).double_value(&[0, 0]);
         assert!((moved(0) + 0.3 * 3.0 / 5.0).abs() < 1e-3);
         assert!((moved(1) + 0.3 * 4.0 / 5.0).abs() < 1e-3);
     }
@@ -518,7 +574,7 @@ mod tests {
         optimizer.accumulate(0, &Tensor::ones([2], F32));
         let norm = optimizer.grad_norm();
         optimizer.step(0.1, norm).unwrap();
-        assert!((parameter.double_value(&[0]) - 0.9).abs() < 1e-4);
+        assert!((parameter.double_value(&[0, 0]) - 0.9).abs() < 1e-4);
         assert_eq!(optimizer.grad_norm(), 0.0);
     }
 
@@ -535,7 +591,10 @@ mod tests {
         let updates = first.updates();
         step(&mut first, 0.1);
         let mut second = optimizer(AdamWConfig::default(), &[&[0.0, 0.0]]);
-        second.restore(&[saved], updates).unwrap();
+        for (held, saved) in Held::ALL.into_iter().zip(&saved) {
+            second.restore(0, held, saved).unwrap();
+        }
+        second.go_on_behind(updates);
         step(&mut second, 0.1);
         assert_eq!(first.parameter(0), second.parameter(0));
     }

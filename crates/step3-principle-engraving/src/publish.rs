@@ -67,8 +67,12 @@ impl Finished<'_> {
         let Self { config, prepared, model, ranks, .. } = *self;
         let path = config.output_dir.join(MODEL_DIR);
         if ranks.is_of_first_replica() {
-            let options =
-                SaveOptions { replace: true, ..SaveOptions::new(&path, &config.checkpoint) };
+            let tokenizer = Some(&config.data.tokenizer).filter(|path| **path != config.checkpoint);
+            let options = SaveOptions {
+                replace: true,
+                tokenizer: tokenizer.cloned(),
+                ..SaveOptions::new(&path, &config.checkpoint)
+            };
             no_grad(|| model.save(prepared.base.specs()?, &options, ranks.tp()))?;
         }
         if let Some(card) = card {

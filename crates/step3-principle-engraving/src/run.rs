@@ -4,18 +4,17 @@ use std::{ffi::OsString, fs, os::unix::ffi::OsStringExt, path::PathBuf};
 
 use dromedary_command::{Progress, StopFlag};
 use dromedary_files::{Lock, LockOptions};
-use dromedary_llama::{Adapter, AdapterFile, Llama, LlamaConfig, LoadOptions};
-use dromedary_parallel::{Communicator, select_device};
-use tch::{Device, Kind};
+use dromedary_llama::{AdapterFile, Llama, LoadOptions};
+use dromedary_parallel::{Communicator, ranks_of_machine, select_device};
+use tch::Device;
 
 use crate::{
-    activations::peak_memory,
+    activations::{ActivationsMode, available_memory, peak_memory},
     batches::BatchConfig,
     checkpoint::{self, TrainerState},
-    collate::Example,
+    collate::BatchLimits,
     config::{Resume, TrainConfig},
     error::{Error, Result},
-    held_out::held_out_loss,
     metrics::{Journal, Line, METRICS_FILE, Older},
     optimizer::{OptimizerConfig, Share},
     plan::{MemoryPlan, PlanInput, PlannedRank, PlannedTraining},
@@ -62,7 +61,8 @@ pub fn train(
     let _lock = ranks.is_first().then(|| prepare_folder(config)).transpose()?;
     let prepared = Prepared::read(config, device)?;
     prepared.agree(config, world)?;
-    let Loaded { model, trained, kept_layers } = Loaded::new(config, &prepared, device, &ranks)?;
+    let Loaded { model, trained, kept_layers, limits } =
+        Loaded::new(config, &prepared, device, &ranks)?;
     log_start(&prepared, &model, &trained, &ranks);
     let mut trainer = Trainer::new(TrainerParts {
         model: &model,
@@ -75,8 +75,7 @@ pub fn train(
     });
     go_on(&mut trainer, config, &prepared.config_hash, &ranks)?;
     let Ended { journal, last } =
-        Loop { config, prepared: &prepared, model: &model, ranks: &ranks, stop }
-            .run(&mut trainer)?;
+        Loop { config, prepared: &prepared, limits, ranks: &ranks, stop }.run(&mut trainer)?;
     let output = Finished {
         config,
         prepared: &prepared,
@@ -116,6 +115,8 @@ struct Loaded {
     trained: Trained,
     /// Layers whose activations are kept.
     kept_layers: usize,
+    /// What the memory of a micro-batch was planned for.
+    limits: BatchLimits,
 }
 
 impl Loaded {
@@ -126,7 +127,7 @@ impl Loaded {
         device: Device,
         ranks: &Ranks<'_>,
     ) -> Result<Self> {
-        let &Prepared { ref base, ref examples, kind, nf4, .. } = prepared;
+        let &Prepared { ref base, kind, nf4, .. } = prepared;
         // The trainer packs what it multiplies for the moment, as weights may change.
         let (tp_rank, tp) = (ranks.tp().rank(), ranks.dims().tp);
         let load = LoadOptions { device, kind, pack: false, nf4, tp_rank, tp };
@@ -136,10 +137,14 @@ impl Loaded {
             false => Share::ALL,
         };
         let rank = PlannedRank { tp_rank, tp, optimizer_shares: share.ranks, nf4 };
-        let kept_layers = kept_layers(config, (base.config(), rank), kind, examples)?;
+        // Held-out rows are read in micro-batches that are no larger, unless a row is by itself.
+        let limits = BatchLimits::of_longest(&prepared.examples, config.batches.batch_size)
+            .and_each_of(&prepared.held_out);
+        let memory = memory(config, ranks)?;
+        let kept_layers = kept_layers(config, (prepared, rank), limits, memory)?;
         let optimizer = OptimizerConfig { share, ..config.adamw.clone().into() };
         let trained = take_trained(config, &mut model, optimizer)?;
-        Ok(Self { model, trained, kept_layers })
+        Ok(Self { model, trained, kept_layers, limits })
     }
 }
 
@@ -154,8 +159,9 @@ fn take_trained(
         false => Trained::attach(model, &config.lora, optimizer, config.seed)?,
     };
     if let Some(path) = &config.adapter {
-        AdapterFile::open(path)?.check_fits(model.config())?;
-        start_from(&Adapter::open(path)?, &mut trained)?;
+        let adapter = AdapterFile::open(path)?;
+        adapter.check_fits(model.config())?;
+        start_from(&adapter, &mut trained)?;
     }
     Ok(trained)
 }
@@ -177,10 +183,10 @@ fn log_start(prepared: &Prepared, model: &Llama, trained: &Trained, ranks: &Rank
 }
 
 /// Puts the adapter's values in the place of random ones.
-fn start_from(adapter: &Adapter, trained: &mut Trained) -> Result<()> {
-    for index in 0..trained.optimizer.entries().len() {
-        let name = &trained.optimizer.entries()[index].name;
-        if let Some(value) = checkpoint::value_of(adapter, name) {
+fn start_from(adapter: &AdapterFile, trained: &mut Trained) -> Result<()> {
+    for index in 0..trained.parts().len() {
+        let (name, part) = (&trained.optimizer.entries()[index].name, &trained.parts()[index]);
+        if let Some(value) = checkpoint::value_of(adapter, name, part.shard())? {
             trained.set_value(index, &value)?;
         }
     }
@@ -204,48 +210,53 @@ fn go_on(
     Ok(())
 }
 
-/// The checkpoint to go on from; the first rank looks for it.
+/// The checkpoint to go on from. The first rank looks for it and verifies it, for all.
 fn resume_from(config: &TrainConfig, ranks: &Ranks<'_>) -> Result<Option<PathBuf>> {
-    match &config.resume {
-        Resume::Auto => {
-            let newest = match ranks.is_first() {
-                true => checkpoint::newest(&config.output_dir)?,
-                false => None,
-            };
-            let mut path = newest.unwrap_or_default().into_os_string().into_encoded_bytes();
-            ranks.world().broadcast_bytes(&mut path, 0)?;
-            Ok((!path.is_empty()).then(|| OsString::from_vec(path).into()))
+    let verified = match &config.resume {
+        _ if !ranks.is_first() => None,
+        Resume::Auto => checkpoint::newest(&config.output_dir)?,
+        Resume::Never => None,
+        Resume::From(path) => {
+            checkpoint::verify(path)?;
+            Some(path.clone())
         }
-        Resume::Never => Ok(None),
-        Resume::From(path) => Ok(Some(path.clone())),
+        Resume::NewestOr(path) => Some(checkpoint::newest_or(&config.output_dir, path)?),
+    };
+    let mut path = verified.unwrap_or_default().into_os_string().into_encoded_bytes();
+    ranks.world().broadcast_bytes(&mut path, 0)?;
+    Ok((!path.is_empty()).then(|| OsString::from_vec(path).into()))
+}
+
+/// What `--activations auto` fits into, where it is asked for. Every rank must call this.
+fn memory(config: &TrainConfig, ranks: &Ranks<'_>) -> Result<Option<u64>> {
+    match (config.activations, config.max_memory) {
+        // The ranks of a machine share what it has.
+        (ActivationsMode::Auto, None) => Ok(available_memory(ranks_of_machine(ranks.world())?)),
+        (_, given) => Ok(given),
     }
 }
 
-/// The layers whose activations are kept, for the longest rows.
+/// The layers whose activations are kept, for the largest micro-batch.
 fn kept_layers(
     config: &TrainConfig,
-    (model, rank): (&LlamaConfig, PlannedRank),
-    kind: Kind,
-    examples: &[Example],
+    (prepared, rank): (&Prepared, PlannedRank),
+    largest: BatchLimits,
+    max_memory: Option<u64>,
 ) -> Result<usize> {
-    let mut longest: Vec<_> =
-        examples.iter().map(|row| (row.input_ids.len(), row.num_targets())).collect();
-    longest.sort_unstable_by(|a, b| b.cmp(a));
-    longest.truncate(config.batches.batch_size);
     let training = match config.full_finetune {
         true => PlannedTraining::Weights,
         false => PlannedTraining::Adapters(config.lora.clone()),
     };
     let input = PlanInput {
-        config: model,
-        kind,
+        config: prepared.base.config(),
+        kind: prepared.kind,
         training,
-        tokens: longest.iter().map(|&(tokens, _)| tokens as u64).sum(),
-        targets: longest.iter().map(|&(_, targets)| targets as u64).sum(),
+        tokens: largest.tokens as u64,
+        targets: largest.targets as u64,
         kept_layers: 0,
         rank,
     };
-    let kept_layers = config.activations.kept_layers(&input, config.max_memory)?;
+    let kept_layers = config.activations.kept_layers(&input, max_memory)?;
     let plan = MemoryPlan::new(&PlanInput { kept_layers, ..input })?;
     tracing::info!(kept_layers, megabytes = plan.total() >> 20, "planned memory");
     Ok(kept_layers)
@@ -255,7 +266,8 @@ fn kept_layers(
 struct Loop<'a> {
     config: &'a TrainConfig,
     prepared: &'a Prepared,
-    model: &'a Llama,
+    /// Of a micro-batch.
+    limits: BatchLimits,
     ranks: &'a Ranks<'a>,
     stop: &'a StopFlag,
 }
@@ -277,7 +289,11 @@ impl Loop<'_> {
         let progress = Progress::new(Some(total), "steps", ranks.is_first());
         progress.begin_at(done);
         while trainer.steps_done() < total {
-            let step = trainer.train_step()?;
+            let step = trainer.train_step();
+            if let Err(Error::NotFinite { last, .. }) = &step {
+                self.note_end(journal.as_mut(), last)?;
+            }
+            let step = step?;
             progress.inc(1);
             progress.message(format!(
                 "loss {:.4}, {:.0} tokens/s",
@@ -288,7 +304,7 @@ impl Loop<'_> {
             if ranks.is_first() && (number % config.logging_steps == 0 || number == total) {
                 log(&step);
             }
-            let eval_loss = self.held_out_loss_behind(number, total)?;
+            let eval_loss = self.held_out_loss_behind(trainer)?;
             last = Some(step.clone());
             if let Some(journal) = &mut journal {
                 journal.append(Line { step, eval_loss })?;
@@ -299,7 +315,8 @@ impl Loop<'_> {
                 let checkpoint = self.save(trainer, journal.as_mut())?;
                 // A signal that came while the checkpoint was written needs no second one.
                 if ranks.any(self.stop.is_set())? && number < total {
-                    return Err(Error::Stopped { step: number, checkpoint });
+                    let goes_on = config.resume.goes_on();
+                    return Err(Error::Stopped { step: number, checkpoint, goes_on });
                 }
             }
         }
@@ -307,24 +324,32 @@ impl Loop<'_> {
         Ok(Ended { journal, last })
     }
 
-    /// The loss of the rows held out, where it is due behind `step`. Every rank must call this.
-    fn held_out_loss_behind(&self, step: u64, total: u64) -> Result<Option<f64>> {
+    /// Writes down the step that ends the run, before any rank's error ends the others. Every rank must call
+    /// this; the first has the journal.
+    fn note_end(&self, journal: Option<&mut Journal>, last: &StepMetrics) -> Result<()> {
+        if let Some(journal) = journal {
+            journal.append(Line { step: last.clone(), eval_loss: None })?;
+            journal.sync()?;
+        }
+        Ok(self.ranks.world().barrier()?)
+    }
+
+    /// The loss of the rows held out, where it is due. Every rank must call this.
+    fn held_out_loss_behind(&self, trainer: &Trainer<'_>) -> Result<Option<f64>> {
         let Some(eval) = &self.config.eval else { return Ok(None) };
+        let (step, total) = (trainer.steps_done(), trainer.total_steps());
         if !eval.every.is_due(step, total, self.prepared.batches.steps_per_epoch()) {
             return Ok(None);
         }
-        let rows = &self.prepared.held_out;
-        let loss = held_out_loss(self.model, rows, eval.batch_size, self.ranks)?;
+        let limits = BatchLimits { rows: eval.batch_size, ..self.limits };
+        let loss = trainer.held_out_loss(&self.prepared.held_out, limits)?;
         tracing::info!(step, eval_loss = format_args!("{loss:.4}"), "held-out rows");
         Ok(Some(loss))
     }
 
     fn journal(&self, done: u64) -> Result<Journal> {
         let config = self.config;
-        let older = match config.resume {
-            Resume::Auto => Older::GoOn,
-            Resume::Never | Resume::From(_) => Older::SetAside,
-        };
+        let older = if config.resume.goes_on() { Older::GoOn } else { Older::SetAside };
         Journal::open(&config.output_dir, done, config.tensorboard, older)
     }
 

@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 use crate::{
     error::{Error, Result},
     half_block::Half,
-    optimizer::{FlatAdamW, FlatValues, OptimizerConfig, Share},
+    optimizer::{Entry, FlatAdamW, FlatValues, Held, OptimizerConfig, Share},
     ranks::Ranks,
 };
 
@@ -298,30 +298,37 @@ impl Trained {
         (0..self.parts.len()).map(|entry| self.whole_shape(entry).iter().product::<i64>()).sum()
     }
 
-    /// Takes over a whole model's values and moments, see [`FlatAdamW::restore`], of which each rank has
-    /// its part; the model follows.
+    /// Takes over values and moments after `updates` updates, one tensor at a time: `read` gives this rank's
+    /// part of an entry, as the shard says. The model follows.
     ///
     /// # Errors
-    /// If a shape differs.
-    pub fn restore(&mut self, states: &[[Tensor; 3]], updates: u64) -> Result<()> {
-        let narrowed = |(part, whole): (&TrainedPart, &[Tensor; 3])| -> Result<[Tensor; 3]> {
-            let [value, m, v] = whole;
-            let shard = part.shard();
-            Ok([shard.narrow(value)?, shard.narrow(m)?, shard.narrow(v)?])
-        };
-        let own = self.parts.iter().zip(states).map(narrowed).collect::<Result<Vec<_>>>()?;
-        self.optimizer.restore(&own, updates)?;
-        own.iter().enumerate().try_for_each(|(index, [value, ..])| self.copy_to_leaf(index, value))
+    /// Those of `read`, or if a shape differs; some entries are restored then.
+    pub fn restore(
+        &mut self,
+        updates: u64,
+        mut read: impl FnMut(&Entry, Held, &Shard) -> Result<Tensor>,
+    ) -> Result<()> {
+        for index in 0..self.parts.len() {
+            for held in Held::ALL {
+                let entry = &self.optimizer.entries()[index];
+                let own = read(entry, held, self.parts[index].shard())?;
+                self.optimizer.restore(index, held, &own)?;
+                if held == Held::Value {
+                    self.copy_to_leaf(index, &own)?;
+                }
+            }
+        }
+        self.optimizer.go_on_behind(updates);
+        Ok(())
     }
 
-    /// Puts a whole matrix in the place of entry `index`'s value, of which each rank has its part.
+    /// Puts this rank's part of a matrix in the place of entry `index`'s value.
     ///
     /// # Errors
     /// If the shape differs.
-    pub fn set_value(&mut self, index: usize, whole: &Tensor) -> Result<()> {
-        let value = self.parts[index].shard().narrow(whole)?;
-        self.optimizer.set_value(index, &value)?;
-        self.copy_to_leaf(index, &value)
+    pub fn set_value(&mut self, index: usize, own: &Tensor) -> Result<()> {
+        self.optimizer.restore(index, Held::Value, own)?;
+        self.copy_to_leaf(index, own)
     }
 
     /// Value and moments of entry `index` of the whole model. Every rank must call this; those of the

@@ -11,9 +11,10 @@ use tch::{Tensor, no_grad};
 
 use crate::{
     batches::Batches,
-    collate::{Example, MicroBatch},
+    collate::{BatchLimits, Example, MicroBatch},
     error::{Error, Result},
     half_block::{Half, HalfBlock, Keep},
+    held_out::held_out_loss,
     loss::{Head, head_loss},
     metrics::not_finite,
     ranks::Ranks,
@@ -203,12 +204,12 @@ impl<'a> Trainer<'a> {
         let skipped = self.ranks.any(!(loss.is_finite() && grad_norm.is_finite()))?;
         self.position.advance();
         if skipped {
-            self.skip_update(&example_ids)?;
+            self.skip_update(&example_ids);
         } else {
             self.position.not_finite = 0;
             self.trained.step(learning_rate, grad_norm, &self.ranks)?;
         }
-        Ok(StepMetrics {
+        let metrics = StepMetrics {
             step: self.position.step,
             epoch: self.position.data as f64 / self.batches.steps_per_epoch() as f64,
             loss,
@@ -219,7 +220,11 @@ impl<'a> Trainer<'a> {
             seconds: start.elapsed().as_secs_f64(),
             skipped,
             example_ids,
-        })
+        };
+        if self.position.not_finite < MAX_NOT_FINITE {
+            return Ok(metrics);
+        }
+        Err(Error::NotFinite { example_ids: self.rows_not_finite(), last: Box::new(metrics) })
     }
 
     /// Loss of the next step's rows. The gradients of this replica's share of them are added to the
@@ -259,6 +264,15 @@ impl<'a> Trainer<'a> {
         self.trained.complete_gradients(&self.ranks)
     }
 
+    /// Loss of rows that are not trained on, in the memory of the training; see [`held_out_loss`]. Every rank
+    /// must call this; all get the same.
+    ///
+    /// # Errors
+    /// If memory runs out, or a rank fails.
+    pub fn held_out_loss(&self, examples: &[Example], limits: BatchLimits) -> Result<f64> {
+        held_out_loss(self.model, self.closed_form.as_ref(), examples, limits, &self.ranks)
+    }
+
     fn sum_over_replicas(&self, loss: f64) -> Result<f64> {
         let mut sum = Tensor::from_slice(&[loss]);
         self.ranks.dp().all_reduce_sum(&mut sum)?;
@@ -272,16 +286,22 @@ impl<'a> Trainer<'a> {
         rows.iter().map(micro_batch).collect()
     }
 
-    fn skip_update(&mut self, example_ids: &[u64]) -> Result<()> {
+    fn skip_update(&mut self, example_ids: &[u64]) {
         self.trained.optimizer.zero_grad();
         let Position { step, not_finite, .. } = &mut self.position;
         *not_finite += 1;
         tracing::warn!(step = *step, ?example_ids, "loss or gradients not finite: step skipped");
-        if *not_finite < MAX_NOT_FINITE {
-            return Ok(());
-        }
-        let (count, step, example_ids) = (*not_finite, *step, example_ids.to_vec());
-        Err(Error::NotFinite { count, step, example_ids })
+    }
+
+    /// The rows of each of the last steps that were not finite, also of those before a restart.
+    fn rows_not_finite(&mut self) -> Vec<Vec<u64>> {
+        let Position { data, not_finite, .. } = self.position;
+        let ids = |rows: Vec<Vec<usize>>| {
+            rows.iter().flatten().map(|&row| self.examples[row].example_id).collect()
+        };
+        (data.saturating_sub(not_finite.into())..data)
+            .map(|step| ids(self.batches.step(step)))
+            .collect()
     }
 
     /// Forward and backward of one micro-batch; adds `scale` times the gradients of its summed loss

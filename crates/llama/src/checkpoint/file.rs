@@ -13,7 +13,10 @@ use std::{
 use tch::Tensor;
 
 use super::{dtype::Dtype, header, tensor_memory::filled, torch_file};
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    plan::{Shard, Slice},
+};
 
 /// One read: large enough for network file systems, small enough to be checked from the cache.
 const CHUNK: usize = 4 << 20;
@@ -43,9 +46,10 @@ impl Entry {
     }
 }
 
-/// An open file whose description of its tensors is valid.
+/// An open file whose description of its tensors is valid, and whose numbers are read when they are asked
+/// for.
 #[derive(Debug)]
-pub(crate) struct TensorFile {
+pub struct TensorFile {
     path: PathBuf,
     file: File,
     size: u64,
@@ -84,9 +88,37 @@ impl ReadCounters {
     }
 }
 
+/// The rows and columns of one rank's part of a tensor.
+pub(super) fn block_of(
+    name: &str,
+    shape: &[i64],
+    shard: &Shard,
+) -> Result<(Range<i64>, Range<i64>)> {
+    let fits = |dim: usize, slice: &Slice| {
+        if shape.get(dim) == Some(&slice.full()) {
+            return Ok(slice.range());
+        }
+        Err(Error::ShardMismatch {
+            name: name.to_string(),
+            dim: dim as i64,
+            expected: slice.full(),
+            got: shape.to_vec(),
+        })
+    };
+    let [rows, columns] = [0, 1].map(|dim| 0..shape.get(dim).copied().unwrap_or(1));
+    Ok(match shard {
+        Shard::Replicated => (rows, columns),
+        Shard::Rows(slice) => (fits(0, slice)?, columns),
+        Shard::Columns(slice) => (rows, fits(1, slice)?),
+    })
+}
+
 impl TensorFile {
     /// Opens a safetensors file.
-    pub(crate) fn open(path: &Path) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`Error::Io`], and for a header that does not describe the file.
+    pub fn open(path: &Path) -> Result<Self> {
         let (file, size) = open_regular(path)?;
         let header = header::read(&file, size, path)?;
         let entries = header::entries(&header.metadata)
@@ -158,6 +190,20 @@ impl TensorFile {
         self.entries
             .get(name)
             .ok_or_else(|| Error::NoSuchTensor { path: self.path.clone(), name: name.to_string() })
+    }
+
+    /// One rank's part of a tensor, in the stored type.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchTensor`], [`Error::ShardMismatch`] for a tensor of another shape,
+    /// [`Error::NonFinite`], [`Error::Io`].
+    pub fn read_slice(&self, name: &str, shard: &Shard) -> Result<Tensor> {
+        let shape = &self.entry(name)?.shape;
+        let (rows, columns) = block_of(name, shape, shard)?;
+        if shape.len() == 1 {
+            return self.read_rows(name, rows);
+        }
+        self.read_block(name, rows, columns)
     }
 
     /// Rows of a tensor (its first dimension), in the stored type.

@@ -18,12 +18,11 @@ mod torch_file;
 mod writer;
 
 pub use dtype::Dtype;
-pub use file::ReadCounters;
+pub use file::{ReadCounters, TensorFile};
 pub use output::{SafetensorsWriter, TensorSpec, Written};
 pub use reader::{Checkpoint, Outline};
 pub use writer::{CheckpointWriter, DEFAULT_MAX_SHARD_SIZE};
 
-pub(crate) use file::TensorFile;
 pub(crate) use meta::{MetaCheckpoint, MetaOptions, meta_name, row_unit, to_meta_order};
 pub(crate) use nf4::{BLOCK_SIZE, LEVELS, NESTED_BLOCK_SIZE, Quantiser, nested_levels};
 pub(crate) use params::{PARAMS, Params};

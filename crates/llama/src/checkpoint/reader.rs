@@ -9,7 +9,7 @@ use tch::Tensor;
 
 use super::{
     dtype::Dtype,
-    file::{Entry, ReadCounters, TensorFile},
+    file::{Entry, ReadCounters, TensorFile, block_of},
     index::{INDEX, SINGLE, open_files},
     nf4::{self, Nf4Weight},
     output::TensorSpec,
@@ -19,7 +19,7 @@ use super::{
 use crate::{
     config::{LlamaConfig, is_quantised},
     error::{Error, Result, TensorProblems},
-    plan::{Shard, Slice},
+    plan::Shard,
     quantised::Nf4Slice,
 };
 
@@ -251,7 +251,7 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::read`], and [`Error::ShardMismatch`] for the plan of another model.
     pub fn read_slice(&self, name: &str, shard: &Shard) -> Result<Tensor> {
-        let (rows, columns) = self.block_of(name, shard)?;
+        let (rows, columns) = block_of(name, self.shape(name)?, shard)?;
         match &self.storage {
             Storage::Whole { .. } => self.read_block(name, rows, columns),
             Storage::OfRanks(ranks) => ranks.read_slice(name, shard),
@@ -262,30 +262,8 @@ impl Checkpoint {
     pub(crate) fn read_quantised(&self, name: &str, shard: &Shard) -> Result<Option<Nf4Slice>> {
         let Storage::Whole { files, places } = &self.storage else { return Ok(None) };
         let Some(Place { file, nf4: Some(weight) }) = places.get(name) else { return Ok(None) };
-        let (rows, columns) = self.block_of(name, shard)?;
+        let (rows, columns) = block_of(name, self.shape(name)?, shard)?;
         weight.read_slice(&files[*file], rows, columns).map(Some)
-    }
-
-    /// The rows and columns of one rank's part of a tensor.
-    fn block_of(&self, name: &str, shard: &Shard) -> Result<(Range<i64>, Range<i64>)> {
-        let shape = self.shape(name)?;
-        let fits = |dim: usize, slice: &Slice| {
-            if shape.get(dim) == Some(&slice.full()) {
-                return Ok(slice.range());
-            }
-            Err(Error::ShardMismatch {
-                name: name.to_string(),
-                dim: dim as i64,
-                expected: slice.full(),
-                got: shape.to_vec(),
-            })
-        };
-        let columns = 0..shape.get(1).copied().unwrap_or(1);
-        Ok(match shard {
-            Shard::Replicated => (0..shape[0], columns),
-            Shard::Rows(slice) => (fits(0, slice)?, columns),
-            Shard::Columns(slice) => (0..shape[0], fits(1, slice)?),
-        })
     }
 
     /// Some columns of some rows of a tensor.

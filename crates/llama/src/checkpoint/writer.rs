@@ -142,19 +142,14 @@ impl CheckpointWriter {
         self.folder.copy_companions(dir, &COMPANIONS)
     }
 
-    /// Copies the tokenizer and the licence that lie in `dir`, then the tokenizer that is given, a file
-    /// or a folder of its own.
-    pub(crate) fn add_tokenizer(&mut self, dir: &Path, tokenizer: Option<&Path>) -> Result<()> {
-        self.folder.copy_companions(dir, TOKENIZER_FILES)?;
-        match tokenizer {
-            Some(path) if path.is_dir() => self.folder.copy_companions(path, TOKENIZER_FILES),
-            Some(path) => {
-                let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-                let parent = path.parent().unwrap_or(Path::new("."));
-                self.folder.copy_companions(parent, &[name])
-            }
-            None => Ok(()),
+    /// Copies a tokenizer: a file, or what there is of one and the licence in a folder.
+    pub(crate) fn copy_tokenizer(&mut self, path: &Path) -> Result<()> {
+        if path.is_dir() {
+            return self.folder.copy_companions(path, TOKENIZER_FILES);
         }
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let parent = path.parent().unwrap_or(Path::new("."));
+        self.folder.copy_companions(parent, &[name])
     }
 
     /// Writes index and manifest and gives the folder its name.

@@ -39,6 +39,92 @@ fn a_sentencepiece_model_trains_as_the_tokenizer_json_made_of_it() {
     assert!(json == model);
 }
 
+/// Hugging Face's default of -1, and any number that is no number of steps.
+#[test]
+fn epochs_decide_where_no_steps_are_given() {
+    let job = Job::new(4);
+    for (dir, steps) in [("unset", "-1"), ("zero", "0")] {
+        succeeded(job.train(dir, &["--max-steps", steps]));
+        assert_eq!(job.metrics(dir).len(), 2, "{steps}");
+    }
+}
+
+#[test]
+fn a_cause_is_named_once() {
+    let job = Job::new(4);
+    let refused = job.train_on("/nonexistent", "out", &[]);
+    let text = stderr(&refused);
+    assert_eq!(refused.status.code(), Some(1), "{text}");
+    assert_eq!(text.matches("/nonexistent").count(), 1, "{text}");
+    assert_eq!(text.matches("No such file").count(), 1, "{text}");
+}
+
+#[test]
+fn a_checkpoint_of_other_steps_is_refused_with_what_must_be_equal() {
+    let job = Job::new(8);
+    let flags = ["--max-steps", "2", "--save-steps", "1"];
+    succeeded(job.train("out", &flags));
+    let other = ["--per-device-train-batch-size", "2"];
+    let text = stderr(&job.train("out", &[&flags[..], &other].concat()));
+    for words in
+        ["--per-device-train-batch-size must be the same", "--gradient-accumulation-steps x dp"]
+    {
+        assert!(text.contains(words), "{text}");
+    }
+}
+
+/// What a job that Slurm has put back into the queue has done is not done again, wherever its flags have it start.
+#[test]
+fn a_job_that_was_requeued_goes_on_whatever_resume_says() {
+    let job = Job::new(8);
+    let flags = ["--max-steps", "4", "--save-steps", "1"];
+    succeeded(job.train("first", &flags));
+    let first = job.path("first/checkpoint-2").display().to_string();
+    for (dir, resume, begun) in [("never", "never", 0), ("from", first.as_str(), 2)] {
+        let flags = [&flags[..], &["--resume", resume]].concat();
+        let start = |restarts: &str, fault: &str| {
+            let mut command = job.command(dir, &flags);
+            command.env("SLURM_RESTART_COUNT", restarts);
+            if !fault.is_empty() {
+                command.env("DROMEDARY_FAULT", fault);
+            }
+            let output = command.output().unwrap();
+            (output.status.code(), stderr(&output))
+        };
+        // Killed before it has a checkpoint, then behind its first.
+        for (restarts, point, at) in
+            [("0", "after-shard", begun + 1), ("1", "after-shard", begun + 2)]
+        {
+            let (code, text) = start(restarts, &format!("rank=0,point={point}{at},how=kill"));
+            assert_eq!(code, None, "{text}");
+            let goes_on = format!("going on behind step {begun}");
+            assert_eq!(text.contains(&goes_on), begun > 0, "{text}");
+        }
+        let (code, text) = start("2", "");
+        assert_eq!(code, Some(0), "{text}");
+        assert!(text.contains(&format!("going on behind step {}", begun + 1)), "{text}");
+        assert!(text.contains("SLURM_RESTART_COUNT is 2"), "{text}");
+        assert_eq!(job.metrics(dir).len() as u64, 4 - if begun > 0 { 2 } else { 0 }, "{text}");
+    }
+}
+
+#[test]
+fn a_stopped_run_says_how_it_is_taken_up() {
+    let job = Job::new(40);
+    for (resume, words) in
+        [("auto", "the next run goes on from"), ("never", "--resume auto, as a job")]
+    {
+        let flags = ["--max-steps", "400", "--save-steps", "1000", "--resume", resume];
+        let child = job.command(resume, &flags).stderr(Stdio::piped()).spawn().unwrap();
+        job.wait_for_metrics(resume);
+        let id = child.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(75));
+        assert!(stderr(&output).contains(words), "{}", stderr(&output));
+    }
+}
+
 #[test]
 fn a_resumed_run_computes_the_same_bits() {
     let job = Job::new(16);

@@ -4,10 +4,10 @@ use std::{
     process::{Command, Output},
 };
 
-use dromedary_llama::Llama;
+use dromedary_llama::{ClosedForm, Llama};
 use dromedary_principle_engraving::{
-    CollateConfig, DataConfig, Dataset, DatasetFormat, Error, Example, LearnedTurns, MicroBatch,
-    Ranks, Trained, held_out_loss,
+    BatchLimits, CollateConfig, DataConfig, Dataset, DatasetFormat, Error, Example, LearnedTurns,
+    MicroBatch, Ranks, Trained, held_out_loss,
 };
 use dromedary_tokenizer::{ChatOptions, Tokenizer};
 use serde::Deserialize;
@@ -157,6 +157,30 @@ fn straightforward(model: &Llama, trained: &Trained, examples: &[Example]) -> (f
     (loss.double_value(&[]), squares.sqrt())
 }
 
+/// EOS is one of the tokens that a conversation may have.
+#[test]
+fn the_limit_of_a_conversation_counts_eos() {
+    let rows = [json!({"text": "### Human: Who?### Assistant: Tom."})];
+    let whole = read_stories(&rows).unwrap();
+    let ids = &whole.examples[0].input_ids;
+    for (learned_turns, room) in [(LearnedTurns::Assistant, 1), (LearnedTurns::All, 0)] {
+        let mut config = config(support::stories260k(), None);
+        config.collate.learned_turns = learned_turns;
+        let target_max_len = 3;
+        let source_max_len = ids.len() - target_max_len + room - 1;
+        config.collate = CollateConfig { source_max_len, target_max_len, ..config.collate };
+        let limited = read(&rows, &config).unwrap();
+        let longest = limited.examples[0].input_ids.len();
+        assert_eq!(
+            (longest, limited.examples[0].truncated_right),
+            (ids.len() - 1 + room, 1 - room)
+        );
+        assert_eq!(limited.audit.conversation.longest, longest);
+        assert_eq!(limited.audit.conversation.max_len, longest);
+        assert_eq!(limited.audit.stop_marks, room);
+    }
+}
+
 #[test]
 fn rows_with_several_answers_train_as_if_each_stood_alone() {
     let rows = [
@@ -169,8 +193,10 @@ fn rows_with_several_answers_train_as_if_each_stood_alone() {
     let mut model = support::load(&support::stories260k());
     let trained = support::attach_random(&mut model, 4);
     let (loss, norm) = straightforward(&model, &trained, &examples);
-    for batch_size in [1, 3] {
-        let held_out = held_out_loss(&model, &examples, batch_size, &Ranks::single()).unwrap();
+    let form = ClosedForm::of(&model, false);
+    for limits in [1, 3].map(BatchLimits::of_rows) {
+        let held_out =
+            held_out_loss(&model, form.as_ref(), &examples, limits, &Ranks::single()).unwrap();
         assert!((held_out - loss).abs() < 1e-5 * loss, "{held_out} {loss}");
     }
     let mut trainer = support::trainer(&model, trained, &examples, 0);

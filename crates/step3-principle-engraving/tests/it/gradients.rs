@@ -160,16 +160,40 @@ fn all_weights_get_the_gradients_of_one_graph() {
     for kept_layers in [0, 2, usize::MAX] {
         let mut model = support::load(&support::stories260k());
         let trained = Trained::take_weights(&mut model, AdamWConfig::default()).unwrap();
-        let batch = long_rows();
-        let (want_loss, want) = by_one_graph(&model, &trained, &batch);
-        let examples = batch_examples(&batch);
-        let mut trainer = support::trainer(&model, trained, &examples, kept_layers);
-        let got = trainer.forward_backward().unwrap();
-        assert!((got.loss - want_loss).abs() < 1e-5 * want_loss, "{} {want_loss}", got.loss);
-        let trained = trainer.trained();
-        let got: Vec<_> = (0..trained.num_leaves()).map(|leaf| trained.gradient(leaf)).collect();
-        let difference = largest_relative_difference(&got, &want);
-        assert!(difference < TOLERANCE, "{difference}");
+        let want = by_one_graph(&model, &trained, &long_rows());
+        trains_with((&model, trained), kept_layers, want);
+    }
+}
+
+/// A trainer's loss of the long rows, and its gradients of all weights.
+#[track_caller]
+fn trains_with(
+    (model, trained): (&Llama, Trained),
+    kept_layers: usize,
+    (want_loss, want): (f64, Vec<Tensor>),
+) {
+    let examples = batch_examples(&long_rows());
+    let mut trainer = support::trainer(model, trained, &examples, kept_layers);
+    let got = trainer.forward_backward().unwrap();
+    assert!((got.loss - want_loss).abs() < 1e-5 * want_loss, "{} {want_loss}", got.loss);
+    let trained = trainer.trained();
+    let got: Vec<_> = (0..trained.num_leaves()).map(|leaf| trained.gradient(leaf)).collect();
+    let difference = largest_relative_difference(&got, &want);
+    assert!(difference < TOLERANCE, "{difference}");
+}
+
+/// Nothing is rounded on the way: they are those of a model that has the same numbers in f32.
+#[test]
+fn weights_in_sixteen_bits_get_gradients_in_f32() {
+    for kind in [Kind::Half, Kind::BFloat16] {
+        let mut model = support::load_as(&support::stories260k(), kind);
+        let trained = Trained::take_weights(&mut model, AdamWConfig::default()).unwrap();
+        let mut same = support::load(&support::stories260k());
+        let of_same = Trained::take_weights(&mut same, AdamWConfig::default()).unwrap();
+        for leaf in 0..trained.num_leaves() {
+            no_grad(|| of_same.leaf(leaf).detach().copy_(trained.leaf(leaf)));
+        }
+        trains_with((&model, trained), 0, by_one_graph(&same, &of_same, &long_rows()));
     }
 }
 

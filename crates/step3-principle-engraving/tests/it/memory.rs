@@ -9,7 +9,10 @@ use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use crate::support;
+use crate::{
+    job::{Job, stderr, succeeded},
+    support,
+};
 
 const CASE: &str = "DROMEDARY_TEST_MEMORY_CASE";
 const ROWS: usize = 4;
@@ -139,6 +142,45 @@ fn the_plan_is_within_ten_percent_of_the_measured_peak() {
         let off = planned as f64 / peak as f64 - 1.0;
         eprintln!("case {number}: planned {planned}, measured {peak}, off by {off:.3}");
         assert!(off.abs() < 0.1, "case {number}: planned {planned}, measured {peak}");
+    }
+}
+
+/// A number in the line of the log that has these words.
+fn logged(log: &str, words: &str) -> f64 {
+    let line = log.lines().find(|line| line.contains(words)).unwrap_or_else(|| panic!("{log}"));
+    let number = line.split("megabytes=").nth(1).unwrap_or_else(|| panic!("{line}"));
+    number.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+/// Neither held-out rows, more of them in a batch than training has, nor a checkpoint that is gone on from take
+/// more.
+#[test]
+fn a_whole_run_and_its_resumption_stay_within_the_plan() {
+    let job = Job::new(8);
+    let base = job.path("base");
+    fs::create_dir(&base).unwrap();
+    write_model(&base, &config([512, 1408, 8, 8, 8, 12_000], true));
+    let rows = job.path("sft.json");
+    let mut long: Vec<Value> = serde_json::from_slice(&fs::read(&rows).unwrap()).unwrap();
+    for row in &mut long {
+        row["output"] = json!("Once upon a time there were cats. ".repeat(40));
+    }
+    fs::write(&rows, serde_json::to_vec(&long).unwrap()).unwrap();
+    let tokenizer = support::stories260k();
+    let flags = ["--tokenizer", tokenizer.to_str().unwrap(), "--full-finetune", "true"];
+    let held_out = ["--eval-dataset", rows.to_str().unwrap(), "--eval-steps", "1"];
+    let steps = ["--max-steps", "2", "--save-steps", "1", "--target-max-len", "512"];
+    let flags = [&flags[..], &held_out, &steps].concat();
+    for goes_on in [false, true] {
+        let run = job.train_on(base.to_str().unwrap(), "out", &flags);
+        let log = stderr(&run);
+        succeeded(run);
+        assert_eq!(log.contains("going on behind step 1"), goes_on, "{log}");
+        fs::remove_dir_all(job.path("out/checkpoint-2")).unwrap();
+        let (planned, peak) = (logged(&log, "planned memory"), logged(&log, "peak memory"));
+        let off = planned / peak - 1.0;
+        eprintln!("planned {planned} MB, measured {peak} MB, off by {off:.3}");
+        assert!(off.abs() < 0.1, "planned {planned} MB, measured {peak} MB: {log}");
     }
 }
 

@@ -6,6 +6,7 @@ use std::{
 
 use dromedary_llama::{Checkpoint, Llama, LoadOptions};
 use dromedary_parallel::SingleProcess;
+use dromedary_tokenizer::Tokenizer;
 use serde_json::Value;
 
 use crate::{
@@ -61,6 +62,25 @@ fn all_weights_are_trained_into_a_model_that_loads() {
 }
 
 #[test]
+fn a_trained_model_has_the_tokenizer_that_it_was_trained_with() {
+    let job = Job::new(4);
+    let base = job.path("base");
+    fs::create_dir(&base).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(stories260k().join(name), base.join(name)).unwrap();
+    }
+    let whole = stories260k();
+    for (dir, tokenizer) in [("of-folder", whole.clone()), ("of-file", Tokenizer::file(&whole))] {
+        let tokenizer = tokenizer.to_str().unwrap();
+        let flags = ["--full-finetune", "true", "--max-steps", "1", "--tokenizer", tokenizer];
+        succeeded(job.train_on(base.to_str().unwrap(), dir, &flags));
+        let own = Tokenizer::open(job.path(dir).join("model")).unwrap();
+        let text = "Once upon a time";
+        assert_eq!(own.encode(text), Tokenizer::open(&whole).unwrap().encode(text));
+    }
+}
+
+#[test]
 fn activations_change_memory_and_nothing_else() {
     let job = Job::new(12);
     let steps = |dir: &str, flags: &[&str]| {
@@ -79,16 +99,39 @@ fn activations_change_memory_and_nothing_else() {
 #[test]
 fn settings_that_would_be_ignored_are_refused() {
     let job = Job::new(4);
+    let settings = job.path("settings.toml");
+    let text = "[train]\ngradient_checkpointing = true\nresume_from_training = true\n";
+    fs::write(&settings, text).unwrap();
+    let settings = settings.to_str().unwrap();
     for (flags, message) in [
         (&["--full-finetune", "true", "--lora-dropout", "0.1"][..], "--full-finetune"),
         (&["--max-memory", "1GB"][..], "--activations auto"),
         (&["--lora-dropout", "1"][..], "--lora-dropout"),
         (&["--activations", "keep", "--gradient-checkpointing", "true"][..], "cannot be used"),
+        (&["--dtype", "f32", "--bf16", "true"][..], "--bf16 says otherwise than --dtype f32"),
+        (&["--dtype", "bf16", "--fp16", "true"][..], "--fp16 says otherwise than --dtype bf16"),
+        (&["--bf16", "true", "--fp16", "true"][..], "give one of them"),
+        (&["--config", settings, "--activations", "keep"][..], "--gradient-checkpointing says"),
+        (&["--config", settings, "--resume", "never"][..], "--resume-from-training says"),
     ] {
         let refused = job.train("out", flags);
         assert_eq!(refused.status.code(), Some(2), "{flags:?}");
         assert!(stderr(&refused).contains(message), "{}", stderr(&refused));
     }
+}
+
+#[test]
+fn settings_of_adapters_are_said_to_be_ignored_where_weights_are_trained() {
+    let job = Job::new(4);
+    let lora = ["--lora-alpha", "8", "--use-rslora", "true", "--dtype", "bf16", "--bf16", "true"];
+    let run =
+        job.train("out", &[&["--full-finetune", "true", "--max-steps", "1"], &lora[..]].concat());
+    let text = stderr(&run);
+    succeeded(run);
+    for flag in ["--lora-r", "--lora-alpha", "--use-rslora"] {
+        assert!(text.contains(&format!("{flag} is ignored")), "{flag}: {text}");
+    }
+    assert!(!text.contains("--lora-modules"), "{text}");
 }
 
 fn plan(flags: &[&str]) -> Output {

@@ -200,6 +200,14 @@ fn every_layout_trains_as_one_rank(more: &[&str]) {
     }
 }
 
+/// Settings are looked at before ranks are joined.
+#[test]
+fn what_is_wrong_with_the_flags_is_no_failure_of_the_job() {
+    let job = Job::new(4);
+    let end = under_mpirun(&job, LAYOUTS[0], &job.path("out"), &["--seed", "7", "--bits", "3"]);
+    end.assert_code(2).assert_said("--bits 3");
+}
+
 #[test]
 fn adapters_of_every_layout_are_those_of_one_rank() {
     every_layout_trains_as_one_rank(&ADAPTERS);

@@ -157,12 +157,13 @@ fn a_step_that_is_not_finite_changes_nothing_and_too_many_of_them_end_the_run() 
     for _ in 1..5 {
         assert!(trainer.train_step().unwrap().skipped);
     }
-    let Err(Error::NotFinite { count, example_ids, .. }) = trainer.train_step() else {
+    let Err(Error::NotFinite { mut example_ids, last }) = trainer.train_step() else {
         panic!("the run goes on")
     };
-    let mut ids = example_ids;
-    ids.sort_unstable();
-    assert_eq!((count, ids), (5, vec![0, 1, 2, 3]));
+    assert_eq!(example_ids.last(), Some(&last.example_ids));
+    assert_eq!((last.step, last.skipped), (trainer.steps_done(), true));
+    example_ids.iter_mut().for_each(|ids| ids.sort_unstable());
+    assert_eq!(example_ids, vec![vec![0, 1, 2, 3]; 5]);
 }
 
 #[test]

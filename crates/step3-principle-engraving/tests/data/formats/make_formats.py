@@ -95,9 +95,8 @@ def cut_sides(model, case, source, target, eos, ids_learned=None):
     kept = source[len(model.bos):]
     room = max(case["source_max_len"] - len(model.bos), 0)
     source = source[:len(model.bos)] + (kept[-room:] if room else [])
-    whole = len(target) <= case["target_max_len"]
-    target = target[:case["target_max_len"]] + (eos if whole else [])
-    learned = len(target) if ids_learned is None or (eos and whole) else min(ids_learned, len(target))
+    target = (target + eos)[:case["target_max_len"]]
+    learned = len(target) if ids_learned is None or eos else min(ids_learned, len(target))
     mask = [False] * len(source) + [True] * learned + [False] * (len(target) - learned)
     return source + target, stretches([True] * len(mask) if case["train_on_source"] else mask)
 
@@ -114,10 +113,7 @@ def conversation(model, case, ids, mask, turns, eos):
         start, end = turns[-1]
         return cut_sides(model, case, ids[:start], ids[start:], eos, end - start)
     most = case["source_max_len"] + case["target_max_len"]
-    if len(ids) > most:
-        ids, mask = ids[:most], mask[:most]
-    else:
-        ids, mask = ids + eos, mask + [True] * len(eos)
+    ids, mask = (ids + eos)[:most], (mask + [True] * len(eos))[:most]
     return ids, stretches([True] * len(ids) if case["learned_turns"] == "all" else mask)
 
 
