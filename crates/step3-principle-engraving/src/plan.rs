@@ -245,14 +245,16 @@ fn activations(input: &PlanInput<'_>, widths: &Widths) -> u64 {
 fn scratch(input: &PlanInput<'_>, widths: &Widths) -> u64 {
     let linears = widths.linears().map(|[out, inner]| out * inner);
     let largest = linears.into_iter().max().unwrap_or(0);
-    let merged = match input.training {
-        PlannedTraining::Weights => largest,
+    let is_f32 = input.kind == Kind::Float && !input.rank.nf4;
+    let of_weights = match input.training {
+        PlannedTraining::Weights if is_f32 => largest,
+        // Its gradient, and itself in f32.
+        PlannedTraining::Weights => 2 * largest,
+        PlannedTraining::Adapters(_) if is_f32 => linears.into_iter().sum(),
         // One piece of memory serves all layers.
-        PlannedTraining::Adapters(_) if input.rank.nf4 => largest,
-        PlannedTraining::Adapters(_) => linears.into_iter().sum(),
+        PlannedTraining::Adapters(_) => largest,
     };
-    let converted = if input.kind == Kind::Float || input.rank.nf4 { 0 } else { largest };
-    PANELS.min(largest.max(widths.hidden * widths.vocab)) + merged + converted
+    PANELS.min(largest.max(widths.hidden * widths.vocab)) + of_weights
 }
 
 /// Numbers of the head.

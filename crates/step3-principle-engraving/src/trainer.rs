@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use dromedary_llama::{ClosedForm, Llama};
 use dromedary_parallel::fault_point;
+use dromedary_torch_ext::release_free_memory;
 use serde::{Deserialize, Serialize};
 use tch::{Tensor, no_grad};
 
@@ -325,6 +326,10 @@ impl<'a> Trainer<'a> {
             closed_form,
             leaves: leaves.map(|leaves| leaves.map(|leaf| self.trained.leaf(leaf))),
         };
+        if leaves.is_some() {
+            // The peak comes now, and gradients of weights on their way have left holes.
+            release_free_memory();
+        }
         let head = head_loss(head, &hidden, batch, scale, self.ranks.tp())?;
         drop(hidden);
         // Of what all ranks of the group have whole and alike, one adds the gradient; see `TrainedPart`.

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::{Error, Result, ffi};
 
@@ -101,12 +101,21 @@ impl F32Buffer {
     }
 
     fn of(tensor: std::result::Result<Tensor, tch::TchError>) -> Result<Self> {
-        let tensor = tensor.map_err(|error| Error::Torch {
-            operation: "buffer",
-            message: error.to_string().lines().next().unwrap_or_default().to_owned(),
-        })?;
+        let tensor = tensor.map_err(|error| failed("buffer", &error))?;
         let len = tensor.numel();
         Ok(Self { tensor, len })
+    }
+
+    /// Takes over the values of a tensor of any kind on the CPU, row by row, into the first of these.
+    ///
+    /// # Errors
+    /// `source` has more values.
+    pub fn convert_from(&mut self, source: &Tensor) -> Result<()> {
+        let convert = || {
+            let first = self.tensor.f_view([-1])?.f_narrow(0, 0, source.numel() as i64)?;
+            first.f_view(&source.size()[..])?.f_copy_(source)
+        };
+        no_grad(convert).map_err(|error| failed("conversion to f32", &error))
     }
 
     /// Its dimensions.
@@ -128,6 +137,12 @@ impl F32Buffer {
     pub fn into_tensor(self) -> Tensor {
         self.tensor
     }
+}
+
+/// What libtorch said in its first line; the rest is its stack.
+fn failed(operation: &'static str, error: &tch::TchError) -> Error {
+    let message = error.to_string().lines().next().unwrap_or_default().to_owned();
+    Error::Torch { operation, message }
 }
 
 /// Calls `body` with ranges that together make `0..count`, on the threads that libtorch's operations

@@ -34,7 +34,7 @@ pub(super) struct Through<'a> {
 enum Effective {
     /// The weight as it is kept; adapters are apart.
     Kept(Tensor),
-    /// A copy for the moment, `(O, I)`: dequantised, or with what the adapters add to it, or both.
+    /// A copy for the moment, `(O, I)`: converted to f32, or with what the adapters add to it, or both.
     Made { values: Buffer, sizes: [usize; 2], adapted: bool },
 }
 
@@ -105,15 +105,20 @@ impl ClosedForm {
         let numbers = columns * depth;
         let mut values = match &linear.weight {
             Weight::Nf4(weight) => {
-                // One piece of memory serves all layers, one after the other.
-                let mut values = self.weights.take(1, self.largest_nf4)?;
+                let mut values = self.weights.take(1, self.largest_converted)?;
                 weight.dequantise_into(&mut values[..numbers])?;
                 values
             }
-            weight if !adapted => return Ok(Effective::Kept(dense(weight)?)),
             weight => {
-                let mut values = self.weights.take(1, numbers)?;
-                values.copy_from_slice(Rows::of(&dense(weight)?)?.values());
+                let weight = weight.dense()?;
+                let is_f32 = weight.f_kind()? == Kind::Float;
+                // A head may be larger than every layer; its copy does not outlive the moment.
+                if !adapted && (is_f32 || numbers > self.largest_converted) {
+                    return Ok(Effective::Kept(f32_rows(&weight)?));
+                }
+                let room = if is_f32 { numbers } else { numbers.max(self.largest_converted) };
+                let mut values = self.weights.take(1, room)?;
+                values.convert_from(&weight)?;
                 values
             }
         };

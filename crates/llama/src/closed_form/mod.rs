@@ -29,10 +29,11 @@ use crate::{
 pub struct ClosedForm {
     kernels: Kernels,
     workspace: Workspace,
-    /// Weights that adapters are added to, or that are dequantised.
+    /// Weights that adapters are added to, or that are converted.
     weights: Workspace,
-    /// Numbers of the largest linear layer that is kept in NF4.
-    largest_nf4: usize,
+    /// Numbers of the largest linear layer that is not kept in f32. One piece of memory serves all of these,
+    /// one after the other: fresh ones of many sizes would tear the allocator's heap into pieces.
+    largest_converted: usize,
     panels: RefCell<Panels>,
     trains_weights: bool,
 }
@@ -81,17 +82,17 @@ impl ClosedForm {
     /// With `trains_weights` backward gives gradients of weights, else of adapters.
     pub fn of(model: &Llama, trains_weights: bool) -> Option<Self> {
         let numbers = |linear: &Linear| match &linear.weight {
-            Weight::Nf4(weight) => (weight.size().0 * weight.size().1) as usize,
-            _ => 0,
+            Weight::Dense(weight) if weight.kind() == Kind::Float => 0,
+            weight => (weight.size().0 * weight.size().1) as usize,
         };
         let linears = model.layers().iter().flat_map(Layer::linears);
-        let largest_nf4 = linears.map(numbers).max().unwrap_or(0);
+        let largest_converted = linears.map(numbers).max().unwrap_or(0);
         let fits = model.device() == Device::Cpu && model.kind() == Kind::Float && !model.packs();
         fits.then(|| Self {
             kernels: Kernels::detect(),
             workspace: Workspace::default(),
             weights: Workspace::default(),
-            largest_nf4,
+            largest_converted,
             panels: RefCell::default(),
             trains_weights,
         })

@@ -8,6 +8,7 @@ use std::{
 };
 
 use dromedary_torch_ext::F32Buffer;
+use tch::Tensor;
 
 use crate::Result;
 
@@ -60,6 +61,14 @@ impl Buffer {
     /// Values of a row.
     pub(crate) fn width(&self) -> usize {
         self.width
+    }
+
+    /// Takes over the values of a tensor of any kind on the CPU into the first ones.
+    ///
+    /// # Errors
+    /// The tensor has more values.
+    pub(crate) fn convert_from(&mut self, tensor: &Tensor) -> Result<()> {
+        Ok(self.memory.as_mut().map_or(Ok(()), |memory| memory.convert_from(tensor))?)
     }
 }
 
