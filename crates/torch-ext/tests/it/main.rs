@@ -10,6 +10,8 @@ mod backward;
 mod optimizer;
 /// Packed weights.
 mod packed;
+/// Values in and out of tensors.
+mod values;
 
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
 
