@@ -79,8 +79,9 @@ impl Nccl {
         tensor.defined() && tensor.device() == self.device && !tensor.is_sparse()
     }
 
-    /// Enqueues a collective and waits until the GPU has done it, or an error turns up. Only then a
-    /// rank that does not come is seen inside of the collective it is missed in.
+    /// Enqueues a collective and waits until the GPU has done it, or an error turns up, which ends this
+    /// group for good. Only then a rank that does not come is seen inside of the collective it is
+    /// missed in.
     fn run(
         &self,
         operation: &'static str,
@@ -139,6 +140,8 @@ impl Nccl {
     }
 
     fn gather(&self, operation: &'static str, rows: &Tensor) -> Result<Tensor> {
+        // The other ranks may be gone: nobody is to wait for them in `meet`.
+        self.ranks.check().map_err(failed(operation))?;
         let mut size = rows.size();
         let counts = self.meet(&host::describe_rows(operation, rows)?, size[0])?;
         size[0] = counts.iter().sum::<usize>() as i64;

@@ -1,7 +1,9 @@
 //! NCCL's functions, loaded while the program runs, so that it is needed neither to build nor to run
 //! without GPUs. Names, types and numbers are those of nccl.h.
 
+use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::ptr;
 use std::sync::Arc;
@@ -128,12 +130,13 @@ fn text_of(path: &Path, error: &libloading::Error) -> String {
     format!("{}: {line}", path.display())
 }
 
-/// A communicator of NCCL. It is never freed: freeing waits for the other ranks, one of which may
-/// have failed.
+/// A communicator of NCCL. It ends with the first error, for which NCCL frees it at once; without one
+/// it is never freed: freeing waits for the other ranks, one of which may have failed.
 pub(super) struct Ranks {
     nccl: Arc<Nccl>,
-    /// The address that NCCL knows it by: a number may be moved to another thread.
-    handle: usize,
+    /// The address that NCCL knows it by, until it has ended: a number may be moved to another
+    /// thread, and a cell is seen by one thread at a time, so that none uses what another one ends.
+    handle: Cell<Option<NonZeroUsize>>,
 }
 
 impl Ranks {
@@ -153,26 +156,35 @@ impl Ranks {
         // SAFETY: room for one handle, and an identity that ncclGetUniqueId has made.
         let code = unsafe { (nccl.comm_init_rank)(&mut handle, world_size, id, rank) };
         nccl.check("ncclCommInitRank", code)?;
-        Ok(Self { nccl, handle: handle.expose_provenance() })
+        let handle = NonZeroUsize::new(handle.expose_provenance());
+        let handle = handle.ok_or("ncclCommInitRank gives no communicator")?;
+        Ok(Self { nccl, handle: Cell::new(Some(handle)) })
     }
 
-    fn raw(&self) -> *mut c_void {
-        ptr::with_exposed_provenance_mut(self.handle)
+    /// The live communicator.
+    fn raw(&self) -> Result<*mut c_void, String> {
+        let handle = self.handle.get().ok_or("an error before has ended this group")?;
+        Ok(ptr::with_exposed_provenance_mut(handle.get()))
     }
 
-    /// What went wrong since, on this rank or on another.
+    /// Whether the communicator lives, and what went wrong since, on this rank or on another.
     pub(super) fn check(&self) -> Result<(), String> {
-        let mut state = SUCCESS;
+        let (communicator, mut state) = (self.raw()?, SUCCESS);
         // SAFETY: a live communicator and room for one number.
-        let code = unsafe { (self.nccl.comm_get_async_error)(self.raw(), &mut state) };
+        let code = unsafe { (self.nccl.comm_get_async_error)(communicator, &mut state) };
         self.nccl.check("ncclCommGetAsyncError", code)?;
         self.nccl.check("a collective", state)
     }
 
-    /// Ends what is under way. The communicator must not be used again.
+    /// Ends what is under way, and the communicator with it: whoever uses it again gets an error.
     pub(super) fn abort(&self) {
-        // SAFETY: a live communicator. Whether it could be ended does not matter any more.
-        unsafe { (self.nccl.comm_abort)(self.raw()) };
+        let communicator = self.raw();
+        self.handle.set(None);
+        if let Ok(communicator) = communicator {
+            // SAFETY: a communicator that lived until now and that nobody can reach any more.
+            // Whether it could be ended does not matter.
+            unsafe { (self.nccl.comm_abort)(communicator) };
+        }
     }
 
     /// Enqueues a reduction in place.
@@ -182,39 +194,42 @@ impl Ranks {
         kind: c_int,
         reduction: Reduction,
     ) -> Result<(), String> {
+        let communicator = self.raw()?;
         let (place, count) = (tensor.data_ptr(), tensor.numel());
         let operation = match reduction {
             Reduction::Sum => 0,
             Reduction::Max => 2,
         };
         // SAFETY: `place` holds `count` elements of this type, which may be both ends of a
-        // reduction; the caller waits for it while it holds the tensor.
+        // reduction; the caller waits for it while it holds the tensor. The communicator lives.
         let code = unsafe {
-            (self.nccl.all_reduce)(place, place, count, kind, operation, self.raw(), STREAM)
+            (self.nccl.all_reduce)(place, place, count, kind, operation, communicator, STREAM)
         };
         self.nccl.check("ncclAllReduce", code)
     }
 
     /// Enqueues a broadcast in place.
     pub(super) fn broadcast(&self, tensor: &mut Tensor, root: usize) -> Result<(), String> {
+        let communicator = self.raw()?;
         let (kind, size) = transport(tensor.kind());
         let (place, count) = (tensor.data_ptr(), tensor.numel() * size);
         // SAFETY: as in `all_reduce`; `root` is a rank, as the caller has checked.
         let code = unsafe {
-            (self.nccl.broadcast)(place, place, count, kind, root as c_int, self.raw(), STREAM)
+            (self.nccl.broadcast)(place, place, count, kind, root as c_int, communicator, STREAM)
         };
         self.nccl.check("ncclBroadcast", code)
     }
 
     /// Enqueues a gather of as many elements from each rank.
     pub(super) fn all_gather(&self, own: &Tensor, all: &mut Tensor) -> Result<(), String> {
+        let communicator = self.raw()?;
         let (kind, size) = transport(own.kind());
         let count = own.numel() * size;
         // SAFETY: `all` has room for `count` of every rank, as the caller has made it; both are
-        // held while the caller waits.
+        // held while the caller waits. The communicator lives.
         let code = unsafe {
             let (from, to) = (own.data_ptr(), all.data_ptr());
-            (self.nccl.all_gather)(from, to, count, kind, self.raw(), STREAM)
+            (self.nccl.all_gather)(from, to, count, kind, communicator, STREAM)
         };
         self.nccl.check("ncclAllGather", code)
     }
@@ -227,6 +242,7 @@ impl Ranks {
         counts: &[usize],
         all: &mut Tensor,
     ) -> Result<(), String> {
+        let communicator = self.raw()?;
         let (kind, size) = transport(own.kind());
         let bytes = own.kind().elt_size_in_bytes();
         // SAFETY: it takes nothing.
@@ -237,10 +253,10 @@ impl Ranks {
             let to = unsafe { all.data_ptr().byte_add(start * bytes) };
             let from = if root == own_rank { own.data_ptr() } else { to };
             // SAFETY: `from` holds `count` elements on the root, `to` has room for them on every
-            // rank; both tensors are held while the caller waits.
+            // rank; both tensors are held while the caller waits. The communicator lives.
             let code = unsafe {
                 let (count, root) = (count * size, root as c_int);
-                (self.nccl.broadcast)(from, to, count, kind, root, self.raw(), STREAM)
+                (self.nccl.broadcast)(from, to, count, kind, root, communicator, STREAM)
             };
             sent = sent.and_then(|()| self.nccl.check("ncclBroadcast", code));
             start += count;

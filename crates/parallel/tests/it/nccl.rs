@@ -48,11 +48,33 @@ fn ranks_that_nccl_joins_keep_the_contract() {
     }
 }
 
+/// Collectives could as well go through the group that NCCL's was made of, and nobody would see it.
+#[test]
+fn every_kind_of_collective_goes_through_nccl() {
+    let end = StandIn::build().job(2, "nccl-each", &[]).finish();
+    end.assert_success().assert_nothing_left(2);
+    // Four broadcasts, and one for a gather in which one of two ranks has rows.
+    let counts = "NCCL was called for 2 sums, 3 maxima, 5 broadcasts, 5 gathers";
+    assert_eq!(end.said.matches(counts).count(), 2, "{}", end.said);
+}
+
+const FAILING: [(&str, &str); 2] = [("NCCL_STAND_IN_FAILS", "0"), ("NCCL_STAND_IN_RANK", "1")];
+
+/// NCCL frees a communicator that is aborted: neither a call nor the group's end may come to it again.
+#[test]
+fn a_group_that_an_error_has_ended_is_not_used_again() {
+    let end = StandIn::build().job(2, "nccl-ended", &FAILING).end(Duration::from_secs(60));
+    end.assert_success().assert_nothing_left(2);
+    for rank in 0..2 {
+        end.assert_said(&format!("rank {rank} got an error each time"));
+    }
+    assert_eq!(end.said.matches("NCCL was told to abort").count(), 2, "{}", end.said);
+}
+
 #[test]
 fn an_error_that_turns_up_later_ends_the_job() {
-    let failing = [("NCCL_STAND_IN_FAILS", "0"), ("NCCL_STAND_IN_RANK", "1")];
     let stand_in = StandIn::build();
-    let end = stand_in.job(2, "nccl", &failing).end(Duration::from_secs(60));
+    let end = stand_in.job(2, "nccl", &FAILING).end(Duration::from_secs(60));
     end.assert_code(1);
     end.assert_said("all_reduce_sum: NCCL: a collective gives 6, a rank is gone");
     end.assert_said("NCCL was told to abort");
@@ -103,6 +125,9 @@ fn the_stand_in_notices_misuse() {
             "ncclAllGather(x, x, 1, FLOAT32, comm, 0); while (cuStreamQuery(0)) {}",
             "never asked for",
         ),
+        ("id.bytes[127] = 0; ncclCommInitRank(&comm, 1, id, 0);", "byte 127 of an identity"),
+        ("memset(id.bytes, 1, 128); ncclCommInitRank(&comm, 1, id, 0);", "not an identity"),
+        ("ncclCommAbort(comm); ncclCommAbort(comm);", "ncclCommAbort: no communicator"),
         ("ncclCommAbort(comm); ncclAllReduce(x, x, 4, FLOAT32, SUM, comm, 0);", "no communicator"),
         ("cuCtxSetCurrent(0); ncclAllReduce(x, x, 4, FLOAT32, SUM, comm, 0);", "no GPU is current"),
     ] {

@@ -28,6 +28,15 @@ pub(crate) fn work(word: &str, launch: &Launch) -> Result<(), Error> {
         say(&format!("rank {rank} kept the contract through NCCL"));
         return Ok(());
     }
+    if word == "nccl-each" {
+        return each_kind(&group);
+    }
+    if word == "nccl-ended" {
+        used_behind_an_error(&group);
+        drop(group);
+        say(&format!("rank {rank} got an error each time"));
+        return Ok(());
+    }
     if word == "nccl-late" && rank == 1 {
         thread::sleep(Duration::from_secs(3600));
     }
@@ -46,5 +55,45 @@ fn same_kinds(group: &dyn Communicator) {
         let all = group.all_gather(&own()).unwrap();
         assert_eq!((all.kind(), all.size()), (kind, vec![3 * (last as i64 + 1)]));
         assert_eq!(all.narrow(0, 3 * rank as i64, 3), own());
+    }
+}
+
+/// Each kind another number of times, for the stand-in to count, among what is not NCCL's.
+fn each_kind(group: &dyn Communicator) -> Result<(), Error> {
+    let own = || Tensor::ones([2, 3], (Kind::Float, Device::Cpu));
+    group.barrier()?;
+    for _ in 0..2 {
+        group.all_reduce_sum(&mut own())?;
+    }
+    for _ in 0..3 {
+        group.all_reduce_max(&mut own())?;
+    }
+    for _ in 0..4 {
+        group.broadcast(&mut own(), 1)?;
+    }
+    for _ in 0..5 {
+        let _ = group.all_gather(&own())?;
+    }
+    // Of as many rows as the rank says: a broadcast from each rank that has some.
+    let _ = group.all_gather(&own().narrow(0, 0, group.rank() as i64))?;
+    group.broadcast_bytes(&mut vec![7], 0)?;
+    group.all_gather_bytes(&[7]).map(drop)
+}
+
+/// The first collective fails. Every one behind it is refused, and nobody waits in one.
+fn used_behind_an_error(group: &dyn Communicator) {
+    let own = || Tensor::from_slice(&[1.0_f32]);
+    let first = group.all_reduce_sum(&mut own()).unwrap_err().to_string();
+    assert_eq!(first, "all_reduce_sum: NCCL: a collective gives 6, a rank is gone");
+    for _ in 0..2 {
+        for (operation, result) in [
+            ("all_reduce_sum", group.all_reduce_sum(&mut own())),
+            ("all_reduce_max", group.all_reduce_max(&mut own())),
+            ("broadcast", group.broadcast(&mut own(), 0)),
+            ("all_gather", group.all_gather(&own()).map(drop)),
+        ] {
+            let message = result.unwrap_err().to_string();
+            assert_eq!(message, format!("{operation}: NCCL: an error before has ended this group"));
+        }
     }
 }

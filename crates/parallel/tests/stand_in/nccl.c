@@ -17,7 +17,7 @@
 enum { SUCCESS = 0, SYSTEM_ERROR = 2, REMOTE_ERROR = 6 };
 enum { UINT8 = 1, INT64 = 4, FLOAT16 = 6, FLOAT32 = 7, FLOAT64 = 8, BFLOAT16 = 9 };
 enum { SUM = 0, MAX = 2 };
-enum { MAX_RANKS = 8, CHUNK = 1 << 20 };
+enum { MAX_RANKS = 8, CHUNK = 1 << 20, ID_PATH = 96 };
 #define MAGIC 0x6e63636cu
 
 typedef struct { char bytes[128]; } unique_id;
@@ -38,6 +38,8 @@ struct call { char what[8]; const char *from; char *to; size_t count; int kind, 
 static struct call queue[256];
 static unsigned enqueued, grouped, done;
 static int depth, polled = 1;
+/* Calls of each kind, which a process tells at its end. */
+static struct { unsigned sum, max, broadcast, gather; } called;
 static _Thread_local int current;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t work = PTHREAD_COND_INITIALIZER;
@@ -165,6 +167,8 @@ static void *device(void *unused) {
 static void leave(void) {
   if (depth) MISUSE("%d groups were never ended", depth);
   if (!polled) MISUSE("the state of the last collective was never asked for");
+  fprintf(stderr, "NCCL was called for %u sums, %u maxima, %u broadcasts, %u gathers\n", called.sum, called.max,
+          called.broadcast, called.gather);
 }
 
 static void submit(struct call call, void *stream) {
@@ -184,12 +188,23 @@ static void submit(struct call call, void *stream) {
   pthread_mutex_unlock(&lock);
 }
 
+/* What an identity holds behind its path: none of its bytes may be lost on the way. */
+static char filling(size_t place) { return (char)(0x80 | place); }
+
 int ncclGetUniqueId(unique_id *id) {
   static unsigned made;
   const char *folder = getenv("NCCL_STAND_IN_FOLDER");
-  memset(id, 0, sizeof *id);
-  snprintf(id->bytes, sizeof id->bytes, "%s/group-%d-%u", folder ? folder : "/tmp", (int)getpid(), made++);
+  int length = snprintf(id->bytes, ID_PATH, "%s/group-%d-%u", folder ? folder : "/tmp", (int)getpid(), made++);
+  if (length < 0 || length >= ID_PATH) MISUSE("a folder whose name is too long for an identity");
+  for (size_t place = (size_t)length + 1; place < sizeof id->bytes; place++) id->bytes[place] = filling(place);
   return SUCCESS;
+}
+
+static void check_identity(const unique_id *id) {
+  const char *end = memchr(id->bytes, 0, ID_PATH);
+  if (!end || id->bytes[0] != '/') MISUSE("ncclCommInitRank: not an identity");
+  for (size_t place = (size_t)(end - id->bytes) + 1; place < sizeof id->bytes; place++)
+    if (id->bytes[place] != filling(place)) MISUSE("ncclCommInitRank: byte %zu of an identity is another", place);
 }
 
 int ncclCommInitRank(void **comm, int ranks, unique_id id, int rank) {
@@ -197,7 +212,7 @@ int ncclCommInitRank(void **comm, int ranks, unique_id id, int rank) {
   if (!current) MISUSE("ncclCommInitRank: no GPU is current in this thread");
   if (ranks < 1 || ranks > MAX_RANKS || rank < 0 || rank >= ranks)
     MISUSE("ncclCommInitRank: rank %d of %d", rank, ranks);
-  if (!memchr(id.bytes, 0, sizeof id.bytes) || id.bytes[0] != '/') MISUSE("ncclCommInitRank: not an identity");
+  check_identity(&id);
   if (!started++) {
     pthread_t thread;
     atexit(leave);
@@ -216,17 +231,20 @@ int ncclCommInitRank(void **comm, int ranks, unique_id id, int rank) {
 
 int ncclAllReduce(const void *from, void *to, size_t count, int kind, int op, void *comm, void *stream) {
   if (op != SUM && op != MAX) MISUSE("ncclAllReduce: %d is no operation that is used", op);
+  if (op == SUM) called.sum++; else called.max++;
   submit((struct call){"reduce", from, to, count, kind, op, comm}, stream);
   return SUCCESS;
 }
 
 int ncclBroadcast(const void *from, void *to, size_t count, int kind, int root, void *comm, void *stream) {
   if (comm && (root < 0 || root >= ((struct comm *)comm)->ranks)) MISUSE("ncclBroadcast: root %d", root);
+  called.broadcast++;
   submit((struct call){"bcast", from, to, count, kind, root, comm}, stream);
   return SUCCESS;
 }
 
 int ncclAllGather(const void *from, void *to, size_t count, int kind, void *comm, void *stream) {
+  called.gather++;
   submit((struct call){"gather", from, to, count, kind, 0, comm}, stream);
   return SUCCESS;
 }
@@ -255,6 +273,7 @@ int ncclCommGetAsyncError(void *comm, int *state) {
 }
 
 int ncclCommAbort(void *comm) {
+  if (!comm || ((struct comm *)comm)->magic != MAGIC) MISUSE("ncclCommAbort: no communicator");
   atomic_store(&((struct comm *)comm)->shared->aborted, 1);
   ((struct comm *)comm)->magic = 0;
   fputs("NCCL was told to abort\n", stderr);
