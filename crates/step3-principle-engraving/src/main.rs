@@ -43,6 +43,9 @@ enum Command {
     Plan(Box<PlanArgs>),
 }
 
+/// Tables that the file of --config may have: one file serves all subcommands.
+const TABLES: [&str; 2] = ["train", "plan"];
+
 fn main() -> ExitCode {
     run(|| {
         let Cli { common, command } = parse::<Cli>();
@@ -70,17 +73,20 @@ fn inspect(common: &Common, args: TrainArgs) -> anyhow::Result<()> {
 }
 
 fn resolved(common: &Common, args: TrainArgs) -> anyhow::Result<TrainArgs> {
-    Ok(layered("train", &["train"], args, common)?.with_defaults())
+    Ok(layered("train", &TABLES, args, common)?.with_defaults())
 }
 
 fn run_plan(common: &Common, args: PlanArgs) -> anyhow::Result<()> {
-    let args = layered("plan", &["plan"], args, common)?;
+    init_logging(0, 1, common.verbosity());
+    let run: TrainArgs = layered("train", &TABLES, TrainArgs::default(), common)?;
+    let args: PlanArgs = layered("plan", &TABLES, args, common)?;
+    let args = args.over_run(&run)?;
     if common.print_config {
         return Ok(print_config("plan", &args)?);
     }
     let threads = thread::available_parallelism().map_or(1, |threads| threads.get() as i32);
     tch::set_num_threads(threads);
-    let args = args.with_counted_rows()?;
+    let args = args.with_counted_rows(&run)?;
     let report = PlanReport::new(&args)?;
     let text = match args.json {
         Some(true) => serde_json::to_string_pretty(&report)? + "\n",

@@ -4,8 +4,10 @@ use std::{fmt::Write as _, path::PathBuf};
 
 use dromedary_command::{ByteSize, Error as CommandError, boolean, required};
 use dromedary_llama::{
-    Checkpoint, ClosedForm, Footprint, LoadOptions, LoraConfig, Outline, Plan, select_kind,
+    Checkpoint, ClosedForm, Dtype, Footprint, LoadOptions, LoraConfig, Outline, Plan, select_kind,
+    select_nf4,
 };
+use dromedary_parallel::planned_device;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
@@ -25,7 +27,9 @@ const EFFICIENCY: f64 = 0.8;
 
 /// Tell what a run will take, from a config.json alone: memory by part, steps, tokens, hours.
 ///
-/// Nothing is loaded. Memory is that of training in f32 on a CPU; hours come from the speed of a product
+/// Nothing is loaded. Settings that are not given are those of the table [train] of --config, the file that `train`
+/// takes. Weights are counted as --device keeps them; activations, head and process as of a CPU, which computes
+/// in f32: on a GPU they were never measured. Hours come from the speed of a product
 /// that is measured here for a moment, from --gflops, or from the tokens that one rank was seen to train on in a
 /// second. --nodes adds what more nodes bring, with the assumptions behind it.
 #[derive(Clone, Debug, Default, clap::Args, Serialize, Deserialize)]
@@ -40,44 +44,39 @@ pub struct PlanArgs {
     /// Mean tokens of a row [default: 512].
     #[arg(long, value_name = "TOKENS")]
     pub row_tokens: Option<u64>,
-    /// Tokens of the longest rows [default: 1280, as source and target are cut].
+    /// Tokens of the longest rows [default: what source and target are cut at].
     #[arg(long, value_name = "TOKENS")]
     pub max_row_tokens: Option<u64>,
     /// Share of the tokens that is learned [default: 0.5].
     #[arg(long, value_name = "SHARE")]
     pub learned: Option<f64>,
-    /// Count rows, tokens and the learned share of this data set, where they are not given.
+    /// Count rows, tokens and the learned share of this data set, where they are not given. One that [train]
+    /// names need not be there yet.
     #[arg(long, value_name = "FILE")]
     pub dataset: Option<PathBuf>,
     /// Form of its rows [default: by the fields of the first].
-    #[arg(long, value_name = "NAME", requires = "dataset")]
+    #[arg(long, value_name = "NAME")]
     pub dataset_format: Option<DatasetFormat>,
     /// Tokenizer file or folder [default: the checkpoint's].
-    #[arg(
-        long,
-        alias = "tokenizer-path",
-        alias = "tokenizer-name",
-        value_name = "PATH",
-        requires = "dataset"
-    )]
+    #[arg(long, alias = "tokenizer-path", alias = "tokenizer-name", value_name = "PATH")]
     pub tokenizer: Option<PathBuf>,
     /// Glob of the short system prompts of dromedary rows.
-    #[arg(long, value_name = "GLOB", requires = "dataset")]
+    #[arg(long, value_name = "GLOB")]
     pub meta_prompt_pattern: Option<String>,
     /// What is learned of a conversation [default: assistant].
-    #[arg(long, value_name = "TURNS", requires = "dataset")]
+    #[arg(long, value_name = "TURNS")]
     pub learned_turns: Option<LearnedTurns>,
     /// Jinja template of sharegpt and chat rows [default: the tokenizer's].
-    #[arg(long, value_name = "FILE", requires = "dataset")]
+    #[arg(long, value_name = "FILE")]
     pub chat_template: Option<PathBuf>,
     /// Day that strftime_now of a chat template tells.
-    #[arg(long, value_name = "DATE", requires = "dataset")]
+    #[arg(long, value_name = "DATE")]
     pub chat_date: Option<String>,
     /// Tokens of a source; longer ones lose their beginning [default: 1024].
-    #[arg(long, value_name = "TOKENS", requires = "dataset")]
+    #[arg(long, value_name = "TOKENS")]
     pub source_max_len: Option<usize>,
     /// Tokens of a target; longer ones lose their end [default: 256].
-    #[arg(long, value_name = "TOKENS", requires = "dataset")]
+    #[arg(long, value_name = "TOKENS")]
     pub target_max_len: Option<usize>,
     /// Rank of the adapters [default: 64].
     #[arg(long, value_name = "R")]
@@ -113,9 +112,14 @@ pub struct PlanArgs {
     /// [default: false].
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_parser = boolean)]
     pub shard_optimizer: Option<bool>,
-    /// Bits of the frozen linear layers: 4, or 16 for --dtype [default: as the base is stored].
+    /// Bits of the frozen linear layers: 4 where `llama quantize` has stored them so, 16 for --dtype. Four bits are
+    /// kept on a CPU alone; on a GPU they are held in --dtype [default: as the base is stored].
     #[arg(long, value_name = "BITS")]
     pub bits: Option<u8>,
+    /// Where it will be computed: auto, cpu, cuda or cuda:N. A GPU need not be here; auto is one where there is one
+    /// here [default: auto].
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
     /// Kind of the weights: auto, f32, bf16 or f16 [default: auto].
     #[arg(long, value_name = "KIND")]
     pub dtype: Option<String>,
@@ -154,6 +158,14 @@ pub struct PlanArgs {
 /// What `plan` tells.
 #[derive(Clone, Debug, Serialize)]
 pub struct PlanReport {
+    /// Where it is computed: `cpu` or `cuda`.
+    pub device: &'static str,
+    /// Kind of the weights.
+    pub dtype: String,
+    /// The frozen linear layers are kept in four bits.
+    pub nf4: bool,
+    /// They would be on a CPU, and are dequantised because the device keeps no four bits.
+    pub dequantised: bool,
     /// Layers whose activations are kept.
     pub kept_layers: usize,
     /// Bytes by part, of the rank that takes most.
@@ -180,12 +192,15 @@ impl PlanReport {
     /// The plan that `args` ask for.
     ///
     /// # Errors
-    /// A missing or unfit setting, a configuration that cannot be read, or no way to fit the run into the
+    /// A missing or unfit setting, a device of another name, a configuration that cannot be read, or no way to fit the run into the
     /// memory that was given.
     pub fn new(args: &PlanArgs) -> anyhow::Result<Self> {
         let path = required(args.checkpoint.clone(), "checkpoint")?;
         let Outline { config, dtype, nf4 } = Checkpoint::outline(path)?;
-        let kind = select_kind(args.dtype.as_deref().unwrap_or("auto"), Device::Cpu, dtype)?;
+        let device = planned_device(args.device.as_deref().unwrap_or("auto"))?;
+        let kind = select_kind(args.dtype.as_deref().unwrap_or("auto"), device, dtype)?;
+        let on_cpu = keeps_nf4(args, Device::Cpu, nf4)?;
+        let nf4 = keeps_nf4(args, device, nf4)?;
         let training = if args.full_finetune == Some(true) {
             PlannedTraining::Weights
         } else {
@@ -204,7 +219,10 @@ impl PlanReport {
         }
         let (tp, dp) = layout(args)?;
         let workload = workload(args, dp);
-        let tokens = workload.batch_size * args.max_row_tokens.unwrap_or(1280);
+        let cut_at = || {
+            args.source_max_len.unwrap_or(1024) as u64 + args.target_max_len.unwrap_or(256) as u64
+        };
+        let tokens = workload.batch_size * args.max_row_tokens.unwrap_or_else(cut_at);
         let targets = |tokens: u64| (tokens as f64 * learned).ceil() as u64;
         let mut input = PlanInput {
             config: &config,
@@ -213,7 +231,7 @@ impl PlanReport {
             tokens,
             targets: targets(tokens),
             kept_layers: 0,
-            rank: planned_rank(args, (tp, dp), nf4)?,
+            rank: planned_rank(args, (tp, dp), nf4),
         };
         let mode = args.activations.unwrap_or(ActivationsMode::Recompute);
         input.kept_layers = mode.kept_layers(&input, args.max_memory.map(|size| size.0))?;
@@ -248,6 +266,10 @@ impl PlanReport {
             }
         };
         Ok(Self {
+            device: if device == Device::Cpu { "cpu" } else { "cuda" },
+            dtype: Dtype::of_kind(kind).map_or_else(String::new, |dtype| dtype.to_string()),
+            nf4,
+            dequantised: on_cpu && !nf4,
             kept_layers: input.kept_layers,
             memory,
             total_bytes: memory.total(),
@@ -265,6 +287,12 @@ impl PlanReport {
     pub fn table(&self) -> String {
         let mut text = String::new();
         // Writing into a string does not fail.
+        let Self { device, dtype, nf4, .. } = self;
+        let layers = if *nf4 { ", linear layers in NF4" } else { "" };
+        let _ = writeln!(text, "kept as      {dtype} on {device}{layers}");
+        if self.dequantised {
+            let _ = writeln!(text, "             dequantised: four bits are kept on a CPU alone");
+        }
         if self.ranks.len() > 1 {
             let _ = write!(text, "{:<12}", "rank");
             let names = (0..self.ranks.len()).map(|rank| format!(" {rank:>10}   "));
@@ -383,28 +411,29 @@ fn rate(args: &PlanArgs, flops_per_token: f64) -> anyhow::Result<Rate> {
     Ok(Rate { tokens_per_second: EFFICIENCY * speed / flops_per_token, source })
 }
 
-/// The first rank of a replica; `stored_nf4` says that the base is stored in four bits.
-fn planned_rank(
-    args: &PlanArgs,
-    (tp, dp): (usize, usize),
-    stored_nf4: bool,
-) -> anyhow::Result<PlannedRank> {
-    let nf4 = match args.bits {
-        Some(4) if args.full_finetune == Some(true) => {
-            return Err(
-                CommandError::usage("--bits 4: --full-finetune true trains all weights").into()
-            );
+/// Whether `train` keeps the frozen weights in four bits there: of a base that is stored so, or that --bits 4
+/// supposes to be.
+fn keeps_nf4(args: &PlanArgs, device: Device, is_stored: bool) -> anyhow::Result<bool> {
+    let is_full = args.full_finetune == Some(true);
+    let message = match args.bits {
+        Some(4) if is_full => "--full-finetune true trains all weights",
+        None | Some(4) => {
+            let is_stored = is_stored || args.bits == Some(4);
+            return Ok(!is_full && select_nf4(None, device, is_stored)?);
         }
-        None => stored_nf4 && args.full_finetune != Some(true),
-        Some(4) => true,
-        Some(16) => false,
-        Some(bits) => {
-            return Err(CommandError::usage(format!("--bits {bits}: give 4 or 16")).into());
-        }
+        // As `train`, which quantises nothing.
+        Some(8 | 16 | 32) => return Ok(false),
+        Some(_) => "give 4, 8, 16 or 32",
     };
+    let bits = args.bits.unwrap_or_default();
+    Err(CommandError::usage(format!("--bits {bits}: {message}")).into())
+}
+
+/// The first rank of a replica.
+fn planned_rank(args: &PlanArgs, (tp, dp): (usize, usize), nf4: bool) -> PlannedRank {
     let is_divided = args.shard_optimizer == Some(true);
     let optimizer_shares = if is_divided { dp } else { 1 };
-    Ok(PlannedRank { tp_rank: 0, tp, optimizer_shares, nf4 })
+    PlannedRank { tp_rank: 0, tp, optimizer_shares, nf4 }
 }
 
 /// Operations for one token of rows of `row_tokens`, forward and backward.

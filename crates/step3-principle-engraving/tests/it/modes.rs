@@ -7,7 +7,7 @@ use std::{
 use dromedary_llama::{Checkpoint, Llama, LoadOptions};
 use dromedary_parallel::SingleProcess;
 use dromedary_tokenizer::Tokenizer;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
     job::{BINARY, Job, computed, file, stderr, succeeded},
@@ -170,17 +170,24 @@ fn a_plan_comes_from_a_config_alone() {
     assert!(!refused.status.success() && stderr(&refused).contains("are needed"));
 }
 
+/// `plan` of LLaMA-2-70B.
+fn plan_70b(flags: &[&str]) -> Output {
+    let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/llama/llama2-70b");
+    let mut command = Command::new(BINARY);
+    command.arg("plan").arg("--checkpoint").arg(config).args(["--gflops", "1e5"]).args(flags);
+    command.output().unwrap()
+}
+
+fn report_70b(flags: &[&str]) -> Value {
+    let output = plan_70b(&[flags, &["--json"]].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
 /// The original's run, 8 replicas in four bits, and one model over 8 ranks in 16 bits.
 #[test]
 fn a_plan_tells_each_ranks_memory() {
-    let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/llama/llama2-70b");
-    let report = |flags: &[&str]| -> Value {
-        let mut command = Command::new(BINARY);
-        command.arg("plan").arg("--checkpoint").arg(&config).args(flags);
-        let output = command.args(["--json", "--gflops", "1e5"]).output().unwrap();
-        assert!(output.status.success(), "{}", stderr(&output));
-        serde_json::from_slice(&output.stdout).unwrap()
-    };
+    let report = |flags: &[&str]| report_70b(&[flags, &["--device", "cpu"]].concat());
     let bytes = |memory: &Value, part: &str| memory[part].as_f64().unwrap();
     let qlora = report(&["--dp", "8", "--bits", "4", "--dtype", "bf16"]);
     assert_eq!(qlora["ranks"].as_array().unwrap().len(), 1);
@@ -205,9 +212,71 @@ fn a_plan_tells_each_ranks_memory() {
     let replicated = 7.0 * (2.0 * 32000.0 * 8192.0 + 161.0 * 4.0 * 8192.0);
     assert!((weights - bytes(&whole["memory"], "weights") - replicated).abs() < 1.0);
     assert!(cut["total_bytes"].as_f64().unwrap() < 80e9);
-    for refused in [["--tp", "65"], ["--tp", "0"], ["--bits", "3"]] {
-        let mut command = Command::new(BINARY);
-        command.arg("plan").arg("--checkpoint").arg(&config).args(refused);
-        assert!(!command.output().unwrap().status.success(), "{refused:?}");
+    for refused in [["--tp", "65"], ["--tp", "0"], ["--bits", "3"], ["--device", "gpu"]] {
+        assert!(!plan_70b(&refused).status.success(), "{refused:?}");
     }
+}
+
+/// `train` dequantises a base in four bits on a GPU, which need not be here to be planned for.
+#[test]
+fn a_plan_of_a_gpu_has_no_four_bits() {
+    let flags = ["--tp", "8", "--bits", "4", "--dtype", "bf16", "--device"];
+    let on = |device| report_70b(&[&flags[..], &[device]].concat());
+    let weights = |report: &Value| report["memory"]["weights"].as_u64().unwrap();
+    let (cpu, gpu) = (on("cpu"), on("cuda:1"));
+    assert!(weights(&cpu) < 6_000_000_000, "{cpu}");
+    let dense = report_70b(&["--tp", "8", "--dtype", "bf16", "--device", "cuda"]);
+    assert_eq!(gpu["memory"], dense["memory"]);
+    assert!((17_000_000_000..18_000_000_000).contains(&weights(&gpu)), "{gpu}");
+    for (report, [device, nf4, dequantised]) in [
+        (cpu, [json!("cpu"), json!(true), json!(false)]),
+        (gpu, [json!("cuda"), json!(false), json!(true)]),
+    ] {
+        assert_eq!(
+            [&report["device"], &report["nf4"], &report["dequantised"]],
+            [&device, &nf4, &dequantised]
+        );
+    }
+    let table = plan_70b(&[&flags[..], &["cuda"]].concat()).stdout;
+    let table = String::from_utf8(table).unwrap();
+    assert!(table.starts_with("kept as      BF16 on cuda\n"), "{table}");
+    assert!(table.contains("dequantised: four bits are kept on a CPU alone"), "{table}");
+}
+
+#[test]
+fn a_plan_takes_the_file_of_train() {
+    let settings =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/step3_llama2_70b.toml");
+    let settings = settings.to_str().unwrap();
+    let of_file = |path: &str, more: &[&str]| {
+        report_70b(&[&["--config", path, "--device", "cpu"], more].concat())
+    };
+    let told = [
+        ["--bits", "4"],
+        ["--dtype", "bf16"],
+        ["--max-row-tokens", "1024"],
+        ["--per-device-train-batch-size", "4"],
+        ["--gradient-accumulation-steps", "4"],
+        ["--device", "cpu"],
+    ];
+    assert_eq!(of_file(settings, &[]), report_70b(&told.concat()));
+
+    // Flags win over [plan], which wins over [train]; what is misspelt is named.
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("both.toml");
+    let written = |text: &str| fs::write(&file, text).unwrap();
+    let file_name = file.to_str().unwrap();
+    written("[train]\nlora_r = 4\ntp = 2\nseed = 3\nfp16 = true\n[plan]\ntp = 4\n");
+    let flags = ["--lora-r", "4", "--dtype", "f16", "--device", "cpu", "--tp"];
+    let with_tp = |tp| report_70b(&[&flags[..], &[tp]].concat());
+    assert_eq!(of_file(file_name, &[]), with_tp("4"));
+    assert_eq!(of_file(file_name, &["--tp", "8"]), with_tp("8"));
+    written("[train]\nlora_rr = 4\n");
+    let refused = plan_70b(&["--config", file_name]);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(stderr(&refused).contains("unknown key lora_rr, did you mean lora_r?"));
+    // Nothing is ignored in silence.
+    let refused = plan_70b(&["--chat-date", "2024-07-26"]);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(stderr(&refused).contains("--chat-date"), "{}", stderr(&refused));
 }
