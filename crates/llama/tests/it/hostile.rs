@@ -5,7 +5,7 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     process::Command,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use dromedary_llama::Checkpoint;
@@ -14,6 +14,7 @@ use serde_json::json;
 use crate::tiny::{self, Tiny};
 
 const DIR: &str = "HOSTILE_CASES_DIR";
+/// Time that the process computes for one file, however much else the machine does.
 const LIMIT: Duration = Duration::from_secs(1);
 const MAX_RSS_KB: u64 = 200 * 1024;
 
@@ -220,18 +221,28 @@ fn open_all_of_a_folder() {
     for folder in &folders {
         let path = folder.join("model.safetensors");
         let before = state(&path);
-        let start = Instant::now();
+        let start = computed();
         let error = Checkpoint::open(folder).err();
-        let seconds = start.elapsed();
+        let took = computed() - start;
         let text = error.unwrap_or_else(|| panic!("{} was opened", folder.display())).to_string();
         assert!(text.contains(&folder.display().to_string()), "{text}");
         assert!(text.len() < 4096, "{}: {} bytes of error", folder.display(), text.len());
-        assert!(seconds < LIMIT, "{}: {seconds:?}", folder.display());
+        assert!(took < LIMIT, "{}: {took:?}", folder.display());
         assert_eq!(state(&path), before, "{}", folder.display());
         let peak = peak_rss_kb();
         assert!(peak < MAX_RSS_KB, "{}: {peak} kB", folder.display());
     }
     println!("refused {} files, peak {} kB", folders.len(), peak_rss_kb());
+}
+
+/// What all threads of this process have computed so far, in the kernel's name and in their own.
+fn computed() -> Duration {
+    // Linux counts in hundredths of a second for programs, whatever it does itself.
+    const TICK: Duration = Duration::from_millis(10);
+    let stat = fs::read_to_string("/proc/self/stat").unwrap();
+    let (_, behind_name) = stat.rsplit_once(')').unwrap();
+    let ticks = behind_name.split_whitespace().skip(11).take(2);
+    ticks.map(|ticks| TICK * ticks.parse::<u32>().unwrap()).sum()
 }
 
 /// Size, time of the last change and, of small files, the content.

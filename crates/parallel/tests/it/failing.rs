@@ -5,8 +5,11 @@ use rustix::process::{Signal, kill_process};
 use crate::job::Job;
 use crate::program::{alone, mpirun};
 
-/// How soon a job ends once a rank has failed; the control is given as long and still hangs.
-const SOON: Duration = Duration::from_secs(10);
+/// Against hanging: a job ends within a second or two once a rank has failed.
+const SOON: Duration = Duration::from_secs(60);
+
+/// Longer than that, and the control still hangs.
+const WAITED: Duration = Duration::from_secs(10);
 
 /// A job whose rank 1 has just said that it fails.
 fn failing(ranks: usize, word: &str, variables: &[(&str, &str)]) -> Job {
@@ -17,7 +20,7 @@ fn failing(ranks: usize, word: &str, variables: &[(&str, &str)]) -> Job {
 
 #[test]
 fn without_the_launch_a_panic_hangs_the_job() {
-    let end = failing(2, "control", &[]).end(SOON);
+    let end = failing(2, "control", &[]).end(WAITED);
     assert!(end.status.is_none(), "ended by itself:\n{}", end.said);
     end.assert_said("rank 1 falls without a hook").assert_nothing_left(2);
 }
@@ -94,26 +97,28 @@ fn a_termination_of_the_launcher_ends_the_ranks() {
     end.assert_nothing_left(2);
 }
 
-/// A stalled rank is found by its deadline, and the others say where it stands.
+/// A stalled rank is found by its deadline, and whoever waits says where it stands: the first one to, and
+/// others if they come to it before that one has ended the job.
 #[test]
 fn a_stopped_rank_ends_the_job_at_the_deadline() {
-    let job = failing(3, "stop", &[("DROMEDARY_COLLECTIVE_TIMEOUT", "2")]);
+    let job = failing(3, "stop", &[("DROMEDARY_COLLECTIVE_TIMEOUT", "10")]);
     let begin = Instant::now();
-    let end = job.end(SOON + Duration::from_secs(3));
+    let end = job.end(SOON);
     assert!(begin.elapsed() >= Duration::from_secs(1), "before its deadline:\n{}", end.said);
     end.assert_code(124).assert_nothing_left(3);
-    for rank in [0, 2] {
-        end.assert_said(&format!(
+    let found = |rank: usize| {
+        end.said.contains(&format!(
             "rank {rank}: no answer in collective 3 (barrier); last collective by rank: \
              rank 0: 3 (barrier), rank 1: 2 (barrier), rank 2: 3 (barrier)"
-        ));
-    }
+        ))
+    };
+    assert!(found(0) || found(2), "{}", end.said);
 }
 
 #[test]
 fn a_rank_that_does_not_come_is_found_by_the_deadline() {
-    let end = failing(2, "late", &[("DROMEDARY_COLLECTIVE_TIMEOUT", "1")]).end(SOON);
-    end.assert_code(124).assert_said("for 1 s; ending all ranks").assert_nothing_left(2);
+    let end = failing(2, "late", &[("DROMEDARY_COLLECTIVE_TIMEOUT", "5")]).end(SOON);
+    end.assert_code(124).assert_said("for 5 s; ending all ranks").assert_nothing_left(2);
 }
 
 #[test]

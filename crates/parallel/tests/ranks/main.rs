@@ -69,7 +69,7 @@ fn work(word: &str, launch: &Launch) -> Result<(), Error> {
         return ParallelDims::new(world.world_size(), 3).map(drop);
     }
     if word == "late-end" {
-        thread::sleep(Duration::from_secs(4) * world.rank() as u32);
+        thread::sleep(Duration::from_secs(15) * world.rank() as u32);
         return Ok(());
     }
     world.barrier()?;

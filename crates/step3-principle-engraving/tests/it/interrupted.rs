@@ -11,7 +11,7 @@ use crate::{
     job::{BINARY, Job},
     launched,
     parallel::{
-        Dims, ONE, assert_same_run, checkpoints, flags, metrics, on_threads, signalled,
+        Dims, ONE, assert_same_run, assert_stopped_at_6, flags, metrics, on_threads, signalled,
         under_mpirun,
     },
     support::stories260k,
@@ -158,12 +158,14 @@ fn ranks_that_slurm_stops_leave_word_to_requeue_and_go_on_to_the_same_bits() {
         command.arg("train").args(flags(&job, dims, &out, &[]));
         variables.push(("DROMEDARY_FAULT", "rank=0,point=step6,how=stop"));
         let run = launched::start(command, &variables);
-        let end = signalled(run, ranks, &[(ranks - 1, Signal::USR1)]);
+        // Alone it stands still.
+        let answer = (ranks > 1).then_some("SIGUSR1: stopping at the next safe point");
+        let end = signalled(run, ranks, &[(ranks - 1, Signal::USR1, answer)]);
         // The first task that ends badly would make srun kill the others while they save.
         end.assert_code(0).assert_said("the next run goes on from");
         let word = fs::read_to_string(out.join("requeue-77.json")).unwrap();
         assert_eq!(serde_json::from_str::<Value>(&word).unwrap(), json!({"job_id": "77"}));
-        assert_eq!(checkpoints(&out), ["checkpoint-4", "checkpoint-6"], "{}", end.said);
+        assert_stopped_at_6(&out, &end);
         assert!(!out.join("adapter").exists());
         under_mpirun(&job, dims, &out, &[]).assert_success();
         for name in ["adapter/adapter_model.safetensors", "checkpoint-8/optimizer.safetensors"] {
