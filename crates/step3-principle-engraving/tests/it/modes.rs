@@ -260,6 +260,15 @@ fn a_plan_takes_the_file_of_train() {
         ["--device", "cpu"],
     ];
     assert_eq!(of_file(settings, &[]), report_70b(&told.concat()));
+    // What the README says of 8 GPUs of 80 GB.
+    let all = |flags: &[&str]| {
+        let of_file = report_70b(&[&["--config", settings], flags].concat());
+        of_file["total_bytes"].as_u64().unwrap()
+    };
+    let room = 80_000_000_000;
+    assert!(all(&["--dp", "8", "--device", "cpu"]) < room);
+    assert!(all(&["--dp", "8", "--device", "cuda"]) > 2 * room);
+    assert!(all(&["--tp", "8", "--device", "cuda"]) < room);
 
     // Flags win over [plan], which wins over [train]; what is misspelt is named.
     let folder = tempfile::tempdir().unwrap();
