@@ -159,7 +159,7 @@ fn a_whole_run_and_its_resumption_stay_within_the_plan() {
     let job = Job::new(8);
     let base = job.path("base");
     fs::create_dir(&base).unwrap();
-    write_model(&base, &config([512, 1408, 8, 8, 8, 12_000], true));
+    write_model(&base, &config([512, 1408, 8, 8, 8, 512], true));
     let rows = job.path("sft.json");
     let mut long: Vec<Value> = serde_json::from_slice(&fs::read(&rows).unwrap()).unwrap();
     for row in &mut long {
