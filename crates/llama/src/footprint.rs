@@ -7,6 +7,7 @@ use crate::{
     LlamaConfig, LoadOptions, Plan, Shard,
     checkpoint::{Dtype, EMBEDDING, HEAD, tensor_shapes},
     generation::PREFILL_TOKENS,
+    kernels::numbers_at_once,
     quantised::quantised_bytes,
     quantize::is_linear,
 };
@@ -47,7 +48,7 @@ pub struct Footprint {
     /// Bytes of the largest layer's weights, which are there twice while they are laid out.
     pub loading_bytes: u64,
     /// Bytes of the largest weight while it is converted to the kind that is computed in, or dequantised
-    /// for libtorch; 0 where neither happens.
+    /// for libtorch, or of what this process's threads dequantise at a time; 0 where none of it happens.
     pub converted_bytes: u64,
 }
 
@@ -127,12 +128,18 @@ impl Footprint {
         let computed = hidden + (3 * columns).max(3 * (h + kv));
         let vocab = (rank.vocab.end - rank.vocab.start) as u64;
         let largest_linear = (2 * columns).max(h + 2 * kv) * hidden;
-        // What is in four bits is not laid out, and this crate's kernels dequantise next to nothing of it
-        // at a time.
+        // What is in four bits is not laid out.
         let laid_out = if nf4 { 0 } else { largest_linear }.max(vocab * hidden);
         let converted = [
             (if weight_size == kv_size { 0 } else { laid_out }),
-            (if nf4 && !options.packs() { largest_linear } else { 0 }),
+            match (nf4, options.packs()) {
+                (false, _) => 0,
+                (true, false) => largest_linear,
+                (true, true) => {
+                    let depth = hidden.max(h).max(columns) as usize;
+                    largest_linear.min(numbers_at_once(depth) as u64)
+                }
+            },
         ];
         Self {
             parameters,

@@ -41,7 +41,7 @@ pub struct LoadOptions {
     pub pack: bool,
     /// Keep linear layers that are stored in NF4 so, on a CPU, and dequantise each when it is used:
     /// 4.13 bits a parameter, and the work of dequantising in each pass. This crate's own kernels (see
-    /// `pack`) dequantise a few rows at a time. Without it, and on other devices, they are dequantised
+    /// `pack`) dequantise some rows at a time. Without it, and on other devices, they are dequantised
     /// when they are read.
     pub nf4: bool,
     /// This process in its tensor-parallel group.

@@ -35,7 +35,7 @@ impl QuantisedWeight {
         Self { parts, columns, kernels }
     }
 
-    /// `x W^T`. This crate's kernels dequantise a few rows at a time; libtorch, and where a gradient must
+    /// `x W^T`. This crate's kernels dequantise some rows at a time; libtorch, and where a gradient must
     /// pass, all of them for the moment.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let fits = x.kind() == Kind::Float && !x.requires_grad();

@@ -24,7 +24,7 @@ mod workspace;
 use dromedary_torch_ext::{F32Buffer, Rows};
 use tch::Tensor;
 
-pub(crate) use made::MakesPanels;
+pub(crate) use made::{MakesPanels, numbers_at_once};
 pub use packed::PackedWeight;
 pub(crate) use product::{Matrix, Panels, Target};
 pub(crate) use sequences::{FusedStep, Sequence, SlotKeys};

@@ -10,7 +10,7 @@ use super::simd::{Columns, Kernel, MAX_ROWS, MAX_UNITS, Product, Simd, UNIT, Uni
 pub(super) const DEPTH: usize = 144;
 
 /// Rows that pass over the weight together: their part of the input stays in the second-level cache.
-const SLAB: usize = 240;
+pub(super) const SLAB: usize = 240;
 
 /// `y = x W^T` for some units of W.
 pub(crate) struct Multiply<'a, 'o> {

@@ -398,7 +398,14 @@ impl MakesPanels for Dense {
 fn products_with_made_panels_are_those_with_packed_ones_to_the_last_bit() {
     tch::manual_seed(19);
     for kernels in Kernels::all() {
-        for (tokens, depth, out) in [(1, 576, 960), (7, 295, 100), (250, 144, 65), (3, 1, 1)] {
+        for (tokens, depth, out) in [
+            (1, 576, 960),
+            (7, 295, 100),
+            (240, 150, 65),
+            (250, 144, 65),
+            (487, 1536, 590),
+            (3, 1, 1),
+        ] {
             let weight = Tensor::randn([out, depth], F);
             let x = Tensor::randn([tokens, depth], F);
             let values = Vec::try_from(weight.view(-1)).unwrap();
