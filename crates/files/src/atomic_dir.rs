@@ -2,6 +2,7 @@ use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
@@ -80,6 +81,35 @@ impl AtomicDir {
     /// As [`create`](AtomicDir::create), except [`Error::Exists`].
     pub fn replace_existing(path: impl AsRef<Path>) -> Result<AtomicDir> {
         AtomicDir::begin(path.as_ref(), true)
+    }
+
+    /// Removes what killed processes have left in `folder` of targets whose names begin with `name`, once
+    /// nothing was written to it for `unused`, which must be far more than a living one pauses. Other
+    /// processes may do the same at the same time.
+    ///
+    /// # Errors
+    /// [`Error::Read`] where `folder` cannot be listed. What cannot be removed is left.
+    pub fn remove_abandoned(folder: impl AsRef<Path>, name: &str, unused: Duration) -> Result<()> {
+        let folder = folder.as_ref();
+        let read = |source| Error::Read { path: folder.to_owned(), source };
+        let hidden = format!(".{name}");
+        for entry in fs::read_dir(folder).map_err(read)? {
+            let entry = entry.map_err(read)?;
+            let of_kind = entry
+                .file_name()
+                .to_str()
+                .is_some_and(|name| name.starts_with(&hidden) && name.ends_with(TEMP_SUFFIX));
+            let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            // An error is a folder that its owner has just published or removed.
+            if of_kind
+                && is_dir
+                && last_write(&entry.path())
+                    .is_ok_and(|at| at.elapsed().is_ok_and(|age| age > unused))
+            {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+        Ok(())
     }
 
     fn begin(path: &Path, replace: bool) -> Result<AtomicDir> {
@@ -170,6 +200,21 @@ impl AtomicDir {
     }
 }
 
+/// When something in the folder was last written.
+fn last_write(folder: &Path) -> io::Result<SystemTime> {
+    let mut last = fs::symlink_metadata(folder)?.modified()?;
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let at = if entry.file_type()?.is_dir() {
+            last_write(&entry.path())?
+        } else {
+            entry.metadata()?.modified()?
+        };
+        last = last.max(at);
+    }
+    Ok(last)
+}
+
 fn is_absent_or_empty(path: &Path) -> Result<bool> {
     match fs::read_dir(path) {
         Ok(mut entries) => Ok(entries.next().is_none()),
@@ -205,6 +250,34 @@ mod tests {
 
     fn entries(folder: &Path) -> usize {
         fs::read_dir(folder).unwrap().count()
+    }
+
+    #[test]
+    fn what_killed_processes_left_goes_once_it_is_old() {
+        let hours = |hours: u64| Duration::from_secs(hours * 3600);
+        let folder = tempfile::tempdir().unwrap();
+        // A folder and a file in it, as old as this.
+        let left = |name: &str, [dir, file]: [u64; 2]| {
+            let path = folder.path().join(name);
+            fs::create_dir(&path).unwrap();
+            fs::write(path.join("weights"), "1").unwrap();
+            for (path, age) in [(path.join("weights"), file), (path.clone(), dir)] {
+                File::open(path).unwrap().set_modified(SystemTime::now() - hours(age)).unwrap();
+            }
+        };
+        left(".prefix-one.abc.tmp", [7, 7]);
+        left(".prefix-two.abc.tmp", [7, 7]);
+        let kept = [
+            (".prefix-three.abc.tmp", [7, 0]), // is being written
+            (".prefix-four.abc.tmp", [0, 7]),
+            (".other.abc.tmp", [7, 7]),
+            ("prefix-five", [7, 7]),
+        ];
+        kept.iter().for_each(|(name, ages)| left(name, *ages));
+        fs::write(folder.path().join(".prefix-six.tmp"), "a file").unwrap();
+        AtomicDir::remove_abandoned(folder.path(), "prefix-", hours(6)).unwrap();
+        assert_eq!(entries(folder.path()), kept.len() + 1);
+        assert!(kept.iter().all(|(name, _)| folder.path().join(name).join("weights").exists()));
     }
 
     #[test]

@@ -183,6 +183,11 @@ impl Llama {
         self.compute_kind
     }
 
+    /// The kind that weights are kept in, which rounds them.
+    pub(crate) fn weights_kind(&self) -> Kind {
+        self.options.kind
+    }
+
     /// The same model, computing in another kind than the one that [`LoadOptions::kind`] and the device
     /// lead to: bf16 on a CPU that has units for it. Weights kept in another kind are converted one
     /// layer at a time, when they are used; packed ones are f32 and need `Kind::Float`.

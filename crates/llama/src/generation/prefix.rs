@@ -3,24 +3,37 @@
 // Shapes: P = tokens of the prefix, KV = K/V heads of this rank, D = head_dim.
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use dromedary_files::{AtomicDir, FileEntry, Manifest};
 use dromedary_torch_ext::release_free_memory;
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::Engine;
 use crate::{
     Dtype, Error, Result,
     checkpoint::{SafetensorsWriter, TensorFile, TensorSpec},
+    kernels::Kernels,
     kv_cache::SharedPrefix,
 };
 
 /// The keys and values.
 const TENSORS: &str = "prefix.safetensors";
+
+/// Entries' names begin with it.
+const NAME: &str = "prefix-";
+
+/// What a killed process has left is removed when nothing was written to it for so long: a hundred
+/// times what a prefix takes.
+const ABANDONED_AFTER: Duration = Duration::from_secs(6 * 3600);
+
+/// Variables on which the results of libtorch's operations on a CPU depend.
+const LIBTORCH_VARIABLES: [&str; 3] = ["ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_DYNAMIC"];
 
 /// What they were made from.
 const DESCRIPTION: &str = "prefix.json";
@@ -35,25 +48,71 @@ pub struct PrefixCache {
     pub model: String,
 }
 
-/// What keys and values depend on.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What keys and values depend on, to the last bit.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Description {
     version: u32,
+    /// Of this crate: another one may add in another order.
+    crate_version: String,
     model: String,
     tokens: Vec<u32>,
+    /// What is computed in.
     kind: String,
+    /// What the weights were rounded to.
+    weights: String,
+    device: String,
+    /// What a CPU has decides which kernels compute, here and in libtorch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    instructions: Option<String>,
     packed: bool,
-    /// Linear layers are kept in NF4; absent in what was kept before they could be.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    /// Linear layers are kept in NF4.
     nf4: bool,
+    /// Where libtorch's operations compute on a CPU: threads, and what MKL and libtorch are told. This
+    /// crate's own kernels give the same bits under all of these.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    libtorch: Option<BTreeMap<String, String>>,
     tp_rank: usize,
     tp: usize,
 }
 
 impl Description {
+    /// `variable` gives those of the environment.
+    fn new(
+        engine: &Engine<'_>,
+        model: &str,
+        tokens: &[u32],
+        variable: impl Fn(&str) -> Option<String>,
+    ) -> Self {
+        let llama = engine.model;
+        let on_cpu = llama.device() == Device::Cpu;
+        let libtorch = || {
+            let set = |name: &str| Some((name.to_owned(), variable(name)?));
+            let mut settings: BTreeMap<_, _> =
+                LIBTORCH_VARIABLES.into_iter().filter_map(set).collect();
+            settings.insert("threads".to_owned(), tch::get_num_threads().to_string());
+            settings
+        };
+        Self {
+            version: 2,
+            crate_version: env!("CARGO_PKG_VERSION").to_owned(),
+            model: model.to_owned(),
+            tokens: tokens.to_vec(),
+            kind: format!("{:?}", llama.kind()),
+            weights: format!("{:?}", llama.weights_kind()),
+            // Which of a node's GPUs it is makes no difference.
+            device: if on_cpu { "cpu" } else { "gpu" }.to_owned(),
+            instructions: on_cpu.then(|| Kernels::detect().to_string()),
+            packed: llama.packs(),
+            nf4: llama.keeps_nf4(),
+            libtorch: (on_cpu && llama.kernels().is_none()).then(libtorch),
+            tp_rank: engine.comm.rank(),
+            tp: engine.comm.world_size(),
+        }
+    }
+
     fn name(&self) -> Result<String> {
         let hash = blake3::hash(&self.to_json()?).to_hex();
-        Ok(format!("prefix-{}", &hash[..32]))
+        Ok(format!("{NAME}{}", &hash[..32]))
     }
 
     fn to_json(&self) -> Result<Vec<u8>> {
@@ -92,16 +151,8 @@ impl Engine<'_> {
             self.prefix = None;
             return Ok(false);
         }
-        let description = Description {
-            version: 1,
-            model: cache.model.clone(),
-            tokens: tokens.to_vec(),
-            kind: format!("{:?}", self.model.kind()),
-            packed: self.model.packs(),
-            nf4: self.model.keeps_nf4(),
-            tp_rank: self.comm.rank(),
-            tp: self.comm.world_size(),
-        };
+        let description =
+            Description::new(self, &cache.model, tokens, |name| std::env::var(name).ok());
         let folder = cache.dir.join(description.name()?);
         let kept = if folder.exists() { self.kept_prefix(&folder, &description) } else { None };
         if self.all_have(kept.is_some())? {
@@ -228,6 +279,10 @@ impl Entry {
             .flat_map(|layer| ["k", "v"].map(|of| spec(layer, of)))
             .collect();
         let dir = AtomicDir::replace_existing(folder)?;
+        // Each may be as large as an entry.
+        if let Some(all) = folder.parent() {
+            AtomicDir::remove_abandoned(all, NAME, ABANDONED_AFTER)?;
+        }
         let tensors = SafetensorsWriter::create(dir.path(), folder, TENSORS, specs)?;
         let mut manifest = Manifest::default();
         let text = description.to_json()?;
@@ -251,5 +306,62 @@ impl Entry {
         self.dir.commit(&self.manifest)?;
         tracing::info!("the prefix is kept in {}", self.folder.display());
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dromedary_parallel::SingleProcess;
+    use dromedary_tokenizer::Tokenizer;
+
+    use super::*;
+    use crate::{Checkpoint, Llama, LoadOptions, generation::EngineConfig};
+
+    fn described(options: LoadOptions, variable: impl Fn(&str) -> Option<String>) -> Description {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/stories260k");
+        let model = Llama::load(&Checkpoint::open(&dir).unwrap(), &options).unwrap();
+        let tokenizer = Tokenizer::open(&dir).unwrap();
+        let engine =
+            Engine::new(&model, &tokenizer, &SingleProcess, EngineConfig::default()).unwrap();
+        Description::new(&engine, "stories", &[1, 2], variable)
+    }
+
+    #[test]
+    fn whatever_changes_the_bits_is_another_entry() {
+        let base = described(LoadOptions::default(), |_| None);
+        let mut others = vec![base.clone()];
+        let mut other = |change: &dyn Fn(&mut Description)| {
+            let mut other = base.clone();
+            change(&mut other);
+            others.push(other);
+        };
+        other(&|entry| entry.crate_version.push('1'));
+        other(&|entry| entry.model.push('1'));
+        other(&|entry| entry.tokens.push(1));
+        other(&|entry| entry.device = "gpu".to_owned());
+        other(&|entry| entry.instructions = Some("fewer".to_owned()));
+        other(&|entry| entry.nf4 = true);
+        other(&|entry| entry.tp_rank = 1);
+        other(&|entry| entry.tp = 2);
+        // Weights of 16 bits, of which a CPU computes in f32 for all, and f32 by libtorch's operations.
+        for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
+            let options = LoadOptions { kind, pack: false, ..LoadOptions::default() };
+            others.push(described(options, |_| None));
+            for variable in LIBTORCH_VARIABLES {
+                let set = |name: &str| (name == variable).then(|| "AVX2".to_owned());
+                others.push(described(options, set));
+            }
+            let mut threads = described(options, |_| None);
+            let settings = threads.libtorch.as_mut().unwrap();
+            assert_eq!(settings.keys().collect::<Vec<_>>(), ["threads"]);
+            settings.insert("threads".to_owned(), "64".to_owned());
+            others.push(threads);
+        }
+        let names: std::collections::BTreeSet<String> =
+            others.iter().map(|entry| entry.name().unwrap()).collect();
+        assert_eq!(names.len(), others.len());
+        // What libtorch is told is nothing to this crate's own kernels.
+        assert_eq!(base.libtorch, None);
+        assert_eq!(base, described(LoadOptions::default(), |_| Some("AVX2".to_owned())));
     }
 }

@@ -21,6 +21,8 @@ mod tests;
 mod training;
 mod workspace;
 
+use std::fmt;
+
 use dromedary_torch_ext::{F32Buffer, Rows};
 use tch::Tensor;
 
@@ -42,6 +44,13 @@ const PASS: usize = 16 * 1024;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Kernels {
     level: Level,
+}
+
+impl fmt::Display for Kernels {
+    /// The instructions that they use.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.level.fmt(f)
+    }
 }
 
 impl Kernels {

@@ -6,7 +6,7 @@
 
 // Shapes: R = rows of a tile, U = its units of 16 columns, K = depth of the product.
 
-use std::{marker::PhantomData, ops::Range};
+use std::{fmt, marker::PhantomData, ops::Range};
 
 /// Lanes of a unit: what every kernel works in, whatever the width of the CPU's registers.
 pub(crate) const UNIT: usize = 16;
@@ -125,6 +125,12 @@ enum Instructions {
     #[cfg(target_arch = "x86_64")]
     Avx2,
     Portable,
+}
+
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.0)
+    }
 }
 
 impl Level {

@@ -1,9 +1,17 @@
 //! Prefixes that are kept on the disk.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, SystemTime},
+};
 
-use dromedary_llama::generation::{EngineConfig, PrefixCache, Sampling};
+use dromedary_llama::{
+    LoadOptions,
+    generation::{EngineConfig, PrefixCache, Sampling},
+};
 use dromedary_parallel::{Communicator, SingleProcess};
+use tch::Kind;
 
 use crate::support::{Loaded, on_ranks, request, run, stories};
 
@@ -13,7 +21,16 @@ fn cache(dir: &Path) -> PrefixCache {
 
 /// Whether the prefix was taken from the folder, and the tokens of a row behind it.
 fn generate(comm: &dyn Communicator, tokens: &[u32], cache: &PrefixCache) -> (bool, Vec<u32>) {
-    let loaded = Loaded::new(&stories(), comm);
+    generate_with(comm, LoadOptions::default(), tokens, cache)
+}
+
+fn generate_with(
+    comm: &dyn Communicator,
+    options: LoadOptions,
+    tokens: &[u32],
+    cache: &PrefixCache,
+) -> (bool, Vec<u32>) {
+    let loaded = Loaded::with(&stories(), comm, options);
     // The last bits decide at such a temperature.
     let sampling = Sampling { top_k: 300, ..Sampling::nucleus(1e5, 1.0) };
     let config = EngineConfig { sampling, max_gen_len: 30, ..EngineConfig::default() };
@@ -46,6 +63,44 @@ fn a_kept_prefix_gives_the_same_rows() {
     assert_eq!(generate(&SingleProcess, &prefix(), &other_model), (false, want));
     assert!(!generate(&SingleProcess, &prefix()[1..], &cache).0);
     assert_eq!(entries(&cache.dir).len(), 3);
+}
+
+/// Weights in bf16 and in f16 are rounded differently, though a CPU computes in f32 with both.
+#[test]
+fn each_way_to_load_a_model_has_an_entry() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = cache(dir.path());
+    let of = |pack, kind| LoadOptions { pack, kind, ..LoadOptions::default() };
+    let ways = [
+        of(true, Kind::Float),
+        of(false, Kind::Float),
+        of(true, Kind::BFloat16),
+        of(true, Kind::Half),
+    ];
+    let rows = |taken: bool| {
+        ways.map(|options| {
+            let row = generate_with(&SingleProcess, options, &prefix(), &cache);
+            assert_eq!(row.0, taken, "{options:?}");
+            row.1
+        })
+    };
+    assert_eq!(rows(false), rows(true));
+    assert_eq!(entries(dir.path()).len(), ways.len());
+}
+
+/// A process that was killed while it kept a prefix.
+#[test]
+fn what_is_left_of_killed_processes_goes_with_the_next_entry() {
+    let dir = tempfile::tempdir().unwrap();
+    let [old, new] = ["old", "new"].map(|name| dir.path().join(format!(".prefix-{name}.x.tmp")));
+    for path in [&old, &new] {
+        fs::create_dir(path).unwrap();
+    }
+    let week_ago = SystemTime::now() - Duration::from_secs(7 * 24 * 3600);
+    fs::File::open(&old).unwrap().set_modified(week_ago).unwrap();
+    assert!(!generate(&SingleProcess, &prefix(), &cache(dir.path())).0);
+    assert!(!old.exists() && new.exists());
+    assert_eq!(entries(dir.path()).len(), 2);
 }
 
 #[test]
