@@ -1,5 +1,7 @@
 //! The likeliest tokens of a row, and the draw among them.
 
+use std::cmp::Ordering;
+
 use super::Sampling;
 
 /// Tokens that each rank offers for a row.
@@ -14,7 +16,19 @@ pub(super) type Candidate = (f32, u32);
 /// Likelier tokens first, and among equals those of smaller ids: the order does not depend on how
 /// the vocabulary is split.
 pub(super) fn sort(candidates: &mut [Candidate]) {
-    candidates.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    #[cfg(test)]
+    LONGEST_SORT.set(LONGEST_SORT.get().max(candidates.len()));
+    candidates.sort_unstable_by(order);
+}
+
+fn order(a: &Candidate, b: &Candidate) -> Ordering {
+    b.0.total_cmp(&a.0).then(a.1.cmp(&b.1))
+}
+
+#[cfg(test)]
+thread_local! {
+    /// The most tokens that this thread has sorted at once.
+    pub(super) static LONGEST_SORT: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 
 /// The `count` best of a shard's logits, best first; fewer where there are no more. `first` is the
@@ -38,7 +52,6 @@ pub(super) fn best_of(logits: &[f32], first: u32, count: usize, into: &mut Vec<C
         into.extend(above.map(|(&logit, id)| (logit, id)));
     }
     if into.len() > count {
-        let order = |a: &Candidate, b: &Candidate| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
         let _ = into.select_nth_unstable_by(count - 1, order);
         into.truncate(count);
     }
@@ -90,6 +103,67 @@ pub(super) fn draw(known: &Known<'_>, sampling: &Sampling, uniform: f64) -> Opti
     }
     // Rounding can leave the target behind the last token.
     last.filter(|_| closed)
+}
+
+/// As [`draw`] from all of a row's tokens, without their order: the mass of the likelier half tells on
+/// which side a draw is, and only the last few around it are sorted. `None` where logits are not
+/// finite.
+pub(super) fn draw_by_mass(
+    tokens: &mut Vec<Candidate>,
+    total: f64,
+    sampling: &Sampling,
+    uniform: f64,
+) -> Option<u32> {
+    let max = f64::from(tokens.iter().copied().min_by(order)?.0);
+    let weight = |logit: f32| ((f64::from(logit) - max) / sampling.temperature).exp();
+    let mass_of = |tokens: &[Candidate]| tokens.iter().map(|&(logit, _)| weight(logit)).sum();
+    let mut mass = total;
+    if (1..tokens.len()).contains(&sampling.top_k) {
+        let _ = tokens.select_nth_unstable_by(sampling.top_k - 1, order);
+        tokens.truncate(sampling.top_k);
+        mass = mass_of(tokens);
+    }
+    let limit = sampling.top_p * mass;
+    if sampling.min_p > 0.0 {
+        tokens.retain(|&(logit, _)| weight(logit) >= sampling.min_p);
+        mass = mass_of(tokens);
+    }
+    if sampling.top_p < 1.0
+        && let Some(last) = token_at(tokens, limit, &weight)
+    {
+        // The token that passes the limit is the last one that is kept.
+        tokens.truncate(last + 1);
+        mass = mass_of(tokens);
+    }
+    if let Some(at) = token_at(tokens, uniform * mass, &weight) {
+        return Some(tokens[at].1);
+    }
+    // Rounding can leave the target behind the last token.
+    let likely = tokens.iter().copied().filter(|&(logit, _)| weight(logit) > 0.0);
+    likely.max_by(order).map(|(_, id)| id)
+}
+
+/// The place of the token, in their order, with which their mass comes above `target`: those before it
+/// stand before it afterwards.
+fn token_at(tokens: &mut [Candidate], target: f64, weight: &impl Fn(f32) -> f64) -> Option<usize> {
+    let (mut start, mut end, mut before) = (0, tokens.len(), 0.0);
+    while end - start > BLOCK {
+        let part = &mut tokens[start..end];
+        let half = part.len() / 2;
+        let _ = part.select_nth_unstable_by(half, order);
+        let mass: f64 = part[..half].iter().map(|&(logit, _)| weight(logit)).sum();
+        if target < before + mass {
+            end = start + half;
+        } else {
+            before += mass;
+            start += half;
+        }
+    }
+    sort(&mut tokens[start..end]);
+    tokens[start..end].iter().zip(start..).find_map(|(&(logit, _), at)| {
+        before += weight(logit);
+        (target < before).then_some(at)
+    })
 }
 
 /// The mass of the tokens that `top_p` and `min_p` keep, if all of them are in the pool.

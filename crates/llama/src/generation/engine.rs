@@ -541,7 +541,7 @@ impl<'a> Engine<'a> {
             gather: &|local| self.model.gather_logits(local, self.comm),
         };
         let chosen = self.sampler.choose(logits.shallow_clone(), &vocabulary, &keys)?;
-        self.statistics.gathered_rows = self.sampler.gathered_rows();
+        self.statistics.gathered_rows += self.sampler.take_gathered_rows();
         Ok(chosen)
     }
 

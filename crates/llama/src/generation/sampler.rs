@@ -2,7 +2,7 @@
 
 // Shapes: B = rows, V = vocab_size, W = this rank's rows of the vocabulary, K = candidates of a rank.
 
-use std::ops::Range;
+use std::{mem, ops::Range};
 
 use dromedary_parallel::Communicator;
 use dromedary_tokenizer::Tokenizer;
@@ -13,13 +13,16 @@ use tch::{Device, Kind, Tensor};
 
 use super::{
     Sampling,
-    candidates::{CANDIDATES, Candidate, Known, best_of, draw, sort},
+    candidates::{CANDIDATES, Candidate, Known, best_of, draw, draw_by_mass, sort},
     penalties::Penalties,
 };
 use crate::{
     Result,
     kernels::{Kernels, tasks},
 };
+
+/// Of a row's gathered logits so many are sorted, and then so many, before all are looked at.
+const SORTED: [usize; 2] = [8 * CANDIDATES, 64 * CANDIDATES];
 
 /// Stands for the largest logit of a shard that has none above -inf.
 const NO_LOGIT: f32 = -1e30;
@@ -91,9 +94,10 @@ impl Sampler {
         }
     }
 
-    /// Rows so far whose candidates did not tell the token, so that all their logits were looked at.
-    pub(super) fn gathered_rows(&self) -> u64 {
-        self.gathered_rows
+    /// Rows since the last call whose candidates did not tell the token, so that all their logits were
+    /// looked at.
+    pub(super) fn take_gathered_rows(&mut self) -> u64 {
+        mem::take(&mut self.gathered_rows)
     }
 
     /// A token for each row; none where its logits are not finite, of which the best would be token 0.
@@ -230,8 +234,8 @@ impl Sampler {
     }
 }
 
-/// Looks at more and more of a row's logits until they tell the token; `None` where not even all do,
-/// because some are not finite.
+/// Sorts more of a row's logits where that is likely to tell the token, and takes all of them, without
+/// sorting them, where it does not; `None` where not even all tell it, because some are not finite.
 fn draw_from_all(
     logits: &[f32],
     total: f64,
@@ -239,17 +243,17 @@ fn draw_from_all(
     uniform: f64,
     candidates: &mut Vec<Candidate>,
 ) -> Option<u32> {
-    let mut count = CANDIDATES;
-    loop {
-        count = (count * 8).min(logits.len());
+    for count in SORTED.into_iter().filter(|&count| count < logits.len()) {
         best_of(logits, 0, count, candidates);
-        let complete = count == logits.len();
-        let known = Known { best: candidates, complete, total };
+        let known = Known { best: candidates, complete: false, total };
         let token = draw(&known, sampling, uniform);
-        if token.is_some() || complete {
+        if token.is_some() {
             return token;
         }
     }
+    candidates.clear();
+    candidates.extend(logits.iter().copied().zip(0..));
+    draw_by_mass(candidates, total, sampling, uniform)
 }
 
 /// The best token of each row, from each rank's best of its own rows of the vocabulary; none where

@@ -8,6 +8,10 @@ use crate::{Error, Result};
 /// one the best token alone is left already.
 const MIN_TEMPERATURE: f64 = 1e-30;
 
+/// A logit that is changed by more would not be finite in f32, however finite the number is in f64: a
+/// row's penalties add up, and a factor meets logits of some hundreds.
+const MAX_CHANGE: f64 = 1e30;
+
 /// How tokens are chosen.
 ///
 /// In this order: the bias of each token is added; repetition, frequency and presence penalties;
@@ -121,7 +125,8 @@ impl Sampling {
     /// [`Error::Setting`] with the range of the number, [`Error::TokenId`].
     pub fn validate(&self, vocab_size: i64) -> Result<()> {
         let Self { temperature, top_p, min_p, presence_penalty, repetition_penalty, .. } = *self;
-        let any = "a finite number";
+        let any = "a number from -1e30 to 1e30";
+        let size = |got: f64| got.abs() <= MAX_CHANGE;
         let frequency = self.frequency_penalty.by_context();
         let mut checks = vec![
             (
@@ -132,11 +137,16 @@ impl Sampling {
             ),
             ("top_p", top_p, top_p > 0.0 && top_p <= 1.0, "above 0 and at most 1"),
             ("min_p", min_p, (0.0..1.0).contains(&min_p), "at least 0 and below 1"),
-            ("presence_penalty", presence_penalty, true, any),
-            ("repetition_penalty", repetition_penalty, repetition_penalty > 0.0, "above 0"),
+            ("presence_penalty", presence_penalty, size(presence_penalty), any),
+            (
+                "repetition_penalty",
+                repetition_penalty,
+                (1.0 / MAX_CHANGE..=MAX_CHANGE).contains(&repetition_penalty),
+                "a number from 1e-30 to 1e30",
+            ),
         ];
-        checks.extend(frequency.map(|penalty| ("frequency_penalty", penalty, true, any)));
-        checks.extend(self.logit_bias.values().map(|&bias| ("logit_bias", bias, true, any)));
+        checks.extend(frequency.map(|penalty| ("frequency_penalty", penalty, size(penalty), any)));
+        checks.extend(self.logit_bias.values().map(|&bias| ("logit_bias", bias, size(bias), any)));
         for (name, got, fits, expected) in checks {
             if !(fits && got.is_finite()) {
                 return Err(Error::Setting { name, expected, got });
@@ -176,6 +186,13 @@ mod tests {
             Sampling { repetition_penalty: 0.0, ..default() },
             Sampling { logit_bias: [(3, f64::NAN)].into(), ..default() },
             Sampling { logit_bias: [(10, 1.0)].into(), ..default() },
+            // Finite in f64, and infinite in f32 or soon.
+            Sampling { logit_bias: [(3, 1e39)].into(), ..default() },
+            Sampling { logit_bias: [(3, -3e38)].into(), ..default() },
+            Sampling { presence_penalty: -1e39, ..default() },
+            Sampling { repetition_penalty: 1e38, ..default() },
+            Sampling { repetition_penalty: 1e-38, ..default() },
+            Sampling { frequency_penalty: FrequencyPenalty { unitoken: 1e39, ..off }, ..default() },
             Sampling {
                 frequency_penalty: FrequencyPenalty { bitoken: f64::NAN, ..off },
                 ..default()
@@ -183,6 +200,8 @@ mod tests {
         ] {
             assert!(!valid(bad.clone()), "{bad:?}");
         }
+        let banned = [(3, -1e30), (4, 1e30)].into();
+        assert!(valid(Sampling { logit_bias: banned, repetition_penalty: 1e-30, ..default() }));
         assert!(default().changes_no_logit());
         let penalty = FrequencyPenalty { quadtoken: 0.5, ..off };
         assert!(!Sampling { frequency_penalty: penalty, ..default() }.changes_no_logit());

@@ -125,8 +125,6 @@ pub(crate) struct AttendKeys<'a, 'm> {
     pub(crate) limits: &'a [usize],
     pub(crate) partial: &'a mut Partial<'m>,
     pub(crate) scores: &'a mut Scores,
-    /// Keys and values that are needed next.
-    pub(crate) next: Option<HeadKeys<'a>>,
 }
 
 /// Memory for the scores of one tile of queries.
@@ -161,7 +159,7 @@ impl<'a> AttendKeys<'a, '_> {
     fn next_block(&self, start: usize) -> Option<HeadKeys<'a>> {
         let start = start + BLOCK;
         if start >= self.range.end {
-            return self.next;
+            return None;
         }
         let HeadKeys { keys, values } = self.head;
         Some(HeadKeys {

@@ -415,7 +415,6 @@ impl Wave<'_> {
                 limits: &scratch.limits,
                 partial: &mut Partial::start(task.partial, scratch.limits.len()),
                 scores: &mut scratch.scores,
-                next: None,
             });
         })?;
         *self.partials = partials;
@@ -470,7 +469,6 @@ impl Wave<'_> {
             limits: &scratch.limits,
             partial: &mut Partial::start(&mut scratch.partial, queries),
             scores: &mut scratch.scores,
-            next: None,
         });
         let mut seen = Vec::with_capacity(parts + 1);
         let len = self.partial_len(group);

@@ -359,7 +359,6 @@ fn a_query_that_sees_no_key_is_nan_and_changes_nothing_when_joined() {
                 limits: &limits,
                 partial: &mut Partial::start(&mut memory, 2),
                 scores: &mut Scores::new(),
-                next: None,
             });
             memory
         };

@@ -107,6 +107,20 @@ fn sampled_rows_depend_on_seed_and_id() {
     assert_ne!(base, one("b", 1));
 }
 
+/// Flat distributions: the candidates do not tell each token.
+#[test]
+fn the_statistics_are_those_of_one_run() {
+    let loaded = loaded();
+    let config = EngineConfig { sampling: Sampling::nucleus(1e5, 1.0), ..config() };
+    let mut engine = engine(&loaded, config);
+    let [first, second] = [(); 2].map(|()| run(&mut engine, prompts(&loaded)).statistics);
+    assert!(first.gathered_rows > 0);
+    assert_eq!(
+        (first.gathered_rows, first.output_tokens, first.finished),
+        (second.gathered_rows, second.output_tokens, second.finished)
+    );
+}
+
 #[test]
 fn a_pinned_prefix_changes_nothing_but_the_work() {
     let loaded = loaded();

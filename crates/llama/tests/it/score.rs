@@ -121,7 +121,9 @@ fn rows_that_cannot_be_scored_are_named() {
     assert_eq!(engine.score(&[]).unwrap(), Vec::<f64>::new());
     let fits = engine.score(&[row(1, 0), row(20, 11)]).unwrap();
     assert!(fits[0] == 0.0 && fits[1] < 0.0);
-    for (bad, words) in [(row(0, 1), "no tokens"), (row(20, 12), "32 tokens")] {
+    for (bad, words) in
+        [(row(0, 1), "no tokens"), (row(20, 12), "32 tokens"), (row(20, 12), "room for 31 ")]
+    {
         let error = engine.score(&[row(1, 1), bad]).unwrap_err();
         assert!(matches!(error, Error::CannotScore { row: 1, .. }), "{error}");
         assert!(error.to_string().contains(words), "{error}");

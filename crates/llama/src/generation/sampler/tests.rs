@@ -7,6 +7,7 @@ use proptest::prelude::{
 use rand::Rng;
 use tch::Device;
 
+use super::super::candidates::LONGEST_SORT;
 use super::*;
 
 /// Decisions that are nearer than this may go either way by rounding.
@@ -58,7 +59,7 @@ fn split(
                 let vocabulary = Vocabulary { comm: &comm, rows, gather: &gather };
                 let mut sampler = Sampler::new(sampling.clone(), &tokenizer());
                 let tokens = sampler.choose(local, &vocabulary, keys).unwrap();
-                (tokens.into_iter().map(Option::unwrap).collect(), sampler.gathered_rows())
+                (tokens.into_iter().map(Option::unwrap).collect(), sampler.take_gathered_rows())
             })
         };
         let ranks: Vec<_> = threads(borders.len()).into_iter().map(rank).collect();
@@ -190,6 +191,47 @@ fn logits_are_gathered_only_where_candidates_do_not_tell() {
     let (tokens, gathered) = split(&penalised, &peaked, &keys, &[3000, 6000]);
     assert_eq!(gathered, 0);
     assert_eq!(tokens, alone(&penalised, &peaked, &keys));
+}
+
+/// Draws that fall behind what is sorted, from a vocabulary that is larger.
+#[test]
+fn no_vocabulary_is_sorted_whole() {
+    const WIDTH: usize = 50_000;
+    let logits = Vec::<f32>::try_from(noise(1, WIDTH as i64, 3).reshape(-1)).unwrap();
+    // As 16 bits have them: many equals.
+    let coarse: Vec<f32> = logits.iter().map(|logit| (logit * 4.0).round() / 4.0).collect();
+    let hot = |top_p| Sampling::nucleus(20.0, top_p);
+    let samplings = [
+        hot(1.0),
+        hot(0.9),
+        Sampling { top_k: 30_000, ..hot(1.0) },
+        Sampling { top_k: 40_000, ..hot(0.8) },
+        Sampling { min_p: 0.6, ..hot(1.0) },
+        Sampling { min_p: 0.6, ..hot(0.95) },
+        Sampling { min_p: 0.6, top_k: 40_000, ..hot(0.7) },
+    ];
+    LONGEST_SORT.set(0);
+    let mut behind = 0;
+    for logits in [logits, coarse] {
+        let max = logits.iter().copied().fold(f32::MIN, f32::max);
+        let mut sorted: Vec<Candidate> = logits.iter().copied().zip(0..).collect();
+        sorted.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        for sampling in &samplings {
+            let weight = |&logit: &f32| (f64::from(logit - max) / sampling.temperature).exp();
+            let total = logits.iter().map(weight).sum();
+            for uniform in [0.02, 0.3, 0.5, 0.77, 0.9, 0.999, 1.0 - 1e-16] {
+                let (want, margin) = reference(&logits, sampling, uniform);
+                if uniform < 0.9999 {
+                    assert!(margin > 1e-12, "choose another number than {uniform}");
+                }
+                let got = draw_from_all(&logits, total, sampling, uniform, &mut Vec::new());
+                assert_eq!(got, Some(want), "{uniform} {sampling:?}");
+                behind += usize::from(sorted[SORTED[1]..].iter().any(|&(_, id)| id == want));
+            }
+        }
+    }
+    assert!(behind > 40, "{behind}");
+    assert!(LONGEST_SORT.get() <= SORTED[1], "{}", LONGEST_SORT.get());
 }
 
 /// Counts draws of each token, and compares them with what `want` expects, by chi-square with this
