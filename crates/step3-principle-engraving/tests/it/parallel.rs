@@ -149,6 +149,10 @@ pub(crate) fn trained(output_dir: &Path) -> Vec<(String, Tensor)> {
     model.names().map(|name| (name.to_owned(), model.read(name).unwrap())).collect()
 }
 
+fn norm(tensor: &Tensor) -> f64 {
+    tensor.norm().double_value(&[])
+}
+
 pub(crate) fn largest(tensor: &Tensor) -> f64 {
     tensor.abs().max().double_value(&[])
 }
@@ -174,8 +178,10 @@ pub(crate) fn assert_same_run(got: &Path, want: &Path) {
     let (got, want) = (trained(got), trained(want));
     assert_eq!(got.len(), want.len());
     for ((name, got), (_, want)) in got.iter().zip(&want) {
-        let off = largest(&(got - want));
-        assert!(off <= TOLERANCE * largest(want).max(1.0), "{name}: off by {off}");
+        // Of the whole matrix: a single number whose gradient is rounding alone may be anything up to the
+        // learning rate, since AdamW divides gradients by their size.
+        let off = norm(&(got - want));
+        assert!(off <= TOLERANCE * norm(want), "{name}: off by {off} of {}", norm(want));
     }
 }
 
