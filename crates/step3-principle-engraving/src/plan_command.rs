@@ -27,7 +27,7 @@ const EFFICIENCY: f64 = 0.8;
 
 /// Tell what a run will take, from a config.json alone: memory by part, steps, tokens, hours.
 ///
-/// Nothing is loaded. Settings that are not given are those of the table [train] of --config, the file that `train`
+/// Nothing is loaded. Settings that are not given are those of the table `train` of --config, the file that `train`
 /// takes. Weights are counted as --device keeps them; activations, head and process as of a CPU, which computes
 /// in f32: on a GPU they were never measured. Hours come from the speed of a product
 /// that is measured here for a moment, from --gflops, or from the tokens that one rank was seen to train on in a
@@ -50,7 +50,7 @@ pub struct PlanArgs {
     /// Share of the tokens that is learned [default: 0.5].
     #[arg(long, value_name = "SHARE")]
     pub learned: Option<f64>,
-    /// Count rows, tokens and the learned share of this data set, where they are not given. One that [train]
+    /// Count rows, tokens and the learned share of this data set, where they are not given. One that the table `train`
     /// names need not be there yet.
     #[arg(long, value_name = "FILE")]
     pub dataset: Option<PathBuf>,
