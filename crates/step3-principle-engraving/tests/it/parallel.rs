@@ -260,12 +260,12 @@ pub(crate) fn attached_with(
     let mut trained = Trained::attach(&mut model, &config, optimizer, 7).unwrap();
     for entry in 0..trained.parts().len() {
         let local = trained.optimizer.entries()[entry].shape.clone();
-        let [rows, columns] = trained.parts()[entry].shard().full_shape(&local)[..] else {
-            panic!()
-        };
+        let shard = trained.parts()[entry].shard();
+        let [rows, columns] = shard.full_shape(&local)[..] else { panic!() };
         let value = |at: i64| (0.1 * ((at * 37 + 101 * entry as i64) as f64).sin()) as f32;
         let values: Vec<f32> = (0..rows * columns).map(value).collect();
-        trained.set_value(entry, &Tensor::from_slice(&values).view([rows, columns])).unwrap();
+        let own = shard.narrow(&Tensor::from_slice(&values).view([rows, columns])).unwrap();
+        trained.set_value(entry, &own).unwrap();
     }
     (model, trained)
 }
