@@ -108,8 +108,8 @@ fn an_array_with_gaps_is_refused() {
 fn mpirun_may_be_the_launcher() {
     let cluster = Cluster::start();
     let work = Work::new(&cluster, 6);
-    let launch = "mpirun --allow-run-as-root --bind-to none --map-by ppr:1:node";
-    work.submit(&["--nodes=2"], &[("LAUNCH", launch)]).complete();
+    let launch = "mpirun --allow-run-as-root --bind-to none --map-by ppr:2:node";
+    work.submit(&["--nodes=2", "--ntasks-per-node=2"], &[("LAUNCH", launch)]).complete();
     work.assert_whole();
 }
 
