@@ -147,7 +147,9 @@ fn two_replicas_take_the_memory_that_is_planned() {
             if case.divided {
                 let saving = Case { divided: false, ..case }.planned(&config) - planned;
                 let saved = whole[rank] - peak;
-                assert!((saved / saving - 1.0).abs() < 0.1, "{what} saves {saved}, not {saving}");
+                // A difference of two peaks, each of which is what it is in this run alone.
+                let off = (saved - saving).abs();
+                assert!(off < 0.03 * planned, "{what} saves {saved}, not {saving}");
             }
         }
         whole = peaks.map(|[_, peak]| peak);
